@@ -1,0 +1,13 @@
+/* SPDX-License-Identifier: MIT */
+/* All of the core's public API. */
+#ifndef CONTIG_CONTIG_H
+#define CONTIG_CONTIG_H
+
+#include <contig/types.h>
+#include <contig/port.h>
+#include <contig/machine.h>
+#include <contig/mm.h>
+#include <contig/cma.h>
+#include <contig/stat.h>
+
+#endif
