@@ -161,6 +161,7 @@ struct ctg_zone {
 	struct ctg_pcp pcp[CTG_MAX_CPUS];
 };
 
+#define CTG_FRAME_WAITS 64
 struct ctg {
 	struct ctg_port port;
 	unsigned nr_zones;
@@ -170,6 +171,13 @@ struct ctg {
 	struct ctg_cma *areas[CTG_MAX_AREAS];
 	struct ctg_lock batches_lock; /* the list of batches; inside anon->lock, outside batch->lock */
 	struct ctg_batch *batches;    /* unmap.c: every address space's batch */
+	struct ctg_lock anons_lock;   /* a leaf: taken for a moment, nothing inside */
+	struct ctg_anon *anons;       /* rmap.c: families, in use or not */
+	/*
+	 * Sleepers on frames, by a hash of the pfn: a word that the waker raises. A sleeper sets
+	 * WAITERS in the frame's word, so that the one who leaves knows; see ctg_frame_wait.
+	 */
+	struct ctg_word32 frame_wait[CTG_FRAME_WAITS];
 	struct {
 		struct ctg_word64 cma_alloc_success, cma_alloc_fail, cma_frames_allocated,
 			cma_frames_released, frames_migrated, migrate_fail, frames_returned, faults,
@@ -259,6 +267,11 @@ void ctg_frame_put(struct ctg *ctg, ctg_pfn_t pfn, uint64_t one, uint32_t nr);
 bool ctg_frame_freeze(struct ctg_frame *frame, uint32_t map, uint32_t ref, uint64_t *seen);
 /* Leave FROZEN with these counts; wakes those who waited for it. */
 void ctg_frame_unfreeze(struct ctg *ctg, struct ctg_frame *frame, uint64_t counts);
+/*
+ * Sleep until a holder leaves the frame, it is unfrozen, or the deadline passes: sets WAITERS and
+ * sleeps, unless the word is no longer `seen` (WAITERS apart). 0: look again. -ETIMEDOUT, -EINTR.
+ */
+int ctg_frame_wait(struct ctg *ctg, ctg_pfn_t pfn, uint64_t seen, uint64_t deadline, bool killable);
 /* Which kind of holder exceeds what is accounted for. */
 enum ctg_obstacle_kind ctg_word_obstacle(uint64_t word, uint32_t map, uint32_t ref);
 

@@ -9,12 +9,14 @@
  *                   migration, which works on entries under the table locks alone
  *   anon->lock      the list of address spaces of an anonymous family, while it is walked;
  *                   held across tlb hooks
+ *   ctg->batches_lock  the list of batches, while one that somebody else owns is flushed
  *   batch->lock     the contents of one unmap batch; held across its tlb hook
  *   area->lock      an area's bitmap and its tree
  *   ctg->areas_lock the list of areas
  *   table->lock     the entries of one page-table node; two: the parent first. No hook is
  *                   called under it
  *   pcp->lock       one CPU's cached frames of one zone
+ *   ctg->anons_lock the list of families
  *   zone->lock      free lists, pageblocks and their summaries. No hook is called under it but
  *                   trace
  *

@@ -1,0 +1,169 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Page tables, address spaces, families and unmap batches: what mm.c, unmap.c, rmap.c and
+ * migrate.c share.
+ *
+ * Entries
+ *
+ *   EMPTY     0                                   nothing may be here
+ *   TABLE     TABLE | pointer                     levels above 0
+ *   RESERVED  RESERVED | rights                   no frame yet; at level 1 or 2 for a whole slot
+ *   PRESENT   PRESENT | rights | state | pfn      level 0: one page; level 1: a frame of order 9
+ *
+ * An entry changes only under its table's lock, except that YOUNG and DIRTY are set by an atomic or.
+ * It is read without a lock. MOVING is set by migration on a PRESENT entry: reads go on, writes
+ * fault and wait on mm->moved.
+ *
+ * Tables are never freed before their mm, so a reader without a lock never touches freed memory.
+ * But munmap may take an empty table out of the tree and use it elsewhere, so whoever locks a table
+ * must see, under the lock, that it is live and still covers the address (ctg_pte_lock does).
+ */
+#ifndef CTG_PGTABLE_H
+#define CTG_PGTABLE_H
+
+#include "core.h"
+
+#define CTG_PTE_PRESENT ((uint64_t)1 << 0)
+#define CTG_PTE_READ ((uint64_t)1 << 1)
+#define CTG_PTE_WRITE ((uint64_t)1 << 2) /* the right to write; in force unless MOVING */
+#define CTG_PTE_TABLE ((uint64_t)1 << 3)
+#define CTG_PTE_RESERVED ((uint64_t)1 << 4)
+#define CTG_PTE_YOUNG ((uint64_t)1 << 5)
+#define CTG_PTE_DIRTY ((uint64_t)1 << 6)
+#define CTG_PTE_MOVING ((uint64_t)1 << 7)
+#define CTG_PTE_RIGHTS (CTG_PTE_READ | CTG_PTE_WRITE)
+#define CTG_PTE_PFN_SHIFT 12
+
+#define CTG_TABLE_ENTRIES 512u
+#define CTG_TABLE_LEVELS 4
+
+static inline uint64_t ctg_pte(ctg_pfn_t pfn, uint64_t flags)
+{
+	return pfn << CTG_PTE_PFN_SHIFT | flags;
+}
+static inline ctg_pfn_t ctg_pte_pfn(uint64_t entry)
+{
+	return entry >> CTG_PTE_PFN_SHIFT;
+}
+/* Pages that one entry of a level covers. */
+static inline uint64_t ctg_level_pages(unsigned level)
+{
+	return (uint64_t)1 << (9 * level);
+}
+
+struct ctg_table {
+	struct ctg_word64 entry[CTG_TABLE_ENTRIES];
+	struct ctg_lock lock; /* protects the entries, base and live */
+	unsigned level;
+	bool live;            /* part of the tree */
+	ctg_vpn_t base;       /* first page it covers */
+	unsigned used;        /* entries that are not EMPTY */
+	struct ctg_table *next; /* mm->spare, under mm->lock */
+};
+
+/*
+ * The address spaces that may map the same anonymous frames, at the same addresses: one mm, and
+ * those forked from it. Never freed before the machine (a walk may read frame->anon of a frame
+ * that has just been unmapped), only used again: whoever locks one must then see that the frame is
+ * still ANON, mapped, and belongs to it.
+ */
+struct ctg_anon {
+	struct ctg_lock lock; /* protects mms; held while the family is walked */
+	struct ctg_mm *mms;   /* by mm->family_next */
+	struct ctg_anon *next; /* ctg->anons: all of them, under ctg->anons_lock */
+	bool in_use;           /* under ctg->anons_lock */
+};
+
+#define CTG_BATCH_RUNS 64
+#define CTG_BATCH_PAGES 2048
+/*
+ * What has been unmapped, and is still counted as mapped until nobody can access it. The entry is
+ * cleared and the run added under lock, so that for everybody else a mapping is in the table or
+ * in the batch. Anybody may flush it.
+ */
+struct ctg_batch {
+	struct ctg_lock lock;
+	struct ctg_mm *mm;
+	bool dead; /* no access can happen any more: do not tell the port */
+	unsigned nr_runs;
+	uint64_t nr_pages;
+	struct ctg_batch_run {
+		ctg_vpn_t vpn;
+		ctg_pfn_t pfn;
+		uint64_t nr;    /* pages */
+		bool large;     /* one entry (and one count) for all of them */
+	} run[CTG_BATCH_RUNS];
+	struct ctg_batch *next, **link; /* ctg->batches, under ctg->batches_lock */
+};
+
+struct ctg_mm {
+	struct ctg *ctg;
+	struct ctg_lock lock;
+	struct ctg_mm_config config;
+	struct ctg_anon *anon;
+	struct ctg_mm *family_next; /* anon->lock */
+	struct ctg_table *root;     /* level 3 */
+	struct ctg_table *spare;    /* tables out of the tree; mm->lock */
+	uint64_t nr_tables;         /* mm->lock */
+	struct ctg_word64 nr_present; /* pages */
+	struct ctg_word32 moved;    /* raised whenever a migration ends in this mm; waited on */
+	struct ctg_batch batch;
+};
+
+/* pgtable.c */
+
+/* An entry found and locked. */
+struct ctg_pte_ref {
+	struct ctg_table *table;
+	unsigned index;
+	unsigned level;
+	uint64_t entry; /* as it was when locked; never a TABLE */
+};
+/* Lock the table whose entry governs vpn: the lowest that exists. Always succeeds. */
+void ctg_pte_lock(struct ctg_mm *mm, ctg_vpn_t vpn, struct ctg_pte_ref *ref);
+void ctg_pte_unlock(struct ctg_mm *mm, struct ctg_pte_ref *ref);
+/* Change the locked entry (not YOUNG and DIRTY that come in meanwhile: those are kept if both old
+ * and new are PRESENT). Keeps table->used. */
+void ctg_pte_set(struct ctg_pte_ref *ref, uint64_t entry);
+/* The entry that governs vpn, without a lock; *level is the level it was found at. */
+uint64_t ctg_pte_read(const struct ctg_mm *mm, ctg_vpn_t vpn, unsigned *level);
+
+/* A table that is not part of the tree: fill its entries, then give it to ctg_pte_set_table. Free it
+ * with ctg_table_free if it was not used. No table lock may be held. NULL: no memory. */
+struct ctg_table *ctg_table_alloc(struct ctg_mm *mm, unsigned level);
+void ctg_table_free(struct ctg_mm *mm, struct ctg_table *table);
+/* Put a filled table in place of the locked entry, which it must cover; ref becomes unlocked. */
+void ctg_pte_set_table(struct ctg_mm *mm, struct ctg_pte_ref *ref, struct ctg_table *table);
+/*
+ * Make sure that the entry governing vpn is at `level` or below and that its neighbours outside are
+ * unaffected: splits RESERVED and PRESENT large entries above it. Splitting a PRESENT entry of
+ * order 9 adds 511 mappings to its frame. mm->lock held. 0, -ENOMEM, -EOVERFLOW.
+ */
+int ctg_pte_split_to(struct ctg_mm *mm, ctg_vpn_t vpn, unsigned level);
+/* Take an all-EMPTY table of level 0 that covers vpn out of the tree. mm->lock held. */
+void ctg_pte_prune(struct ctg_mm *mm, ctg_vpn_t vpn);
+int ctg_pt_init(struct ctg_mm *mm);
+void ctg_pt_destroy(struct ctg_mm *mm);
+
+/* unmap.c */
+void ctg_batch_init(struct ctg_mm *mm);   /* and into ctg->batches */
+void ctg_batch_destroy(struct ctg_mm *mm); /* flushed; out of ctg->batches */
+void ctg_batch_flush(struct ctg_batch *batch, bool helping);
+/*
+ * Clear the entries of [vpn, vpn + nr) (leaving RESERVED with the same rights if `reserve`), give
+ * their frames to the batch, flush it. Large entries that cross the edges have been split.
+ * mm->lock held.
+ */
+void ctg_unmap_range(struct ctg_mm *mm, ctg_vpn_t vpn, uint64_t nr, bool reserve);
+
+/* rmap.c */
+int ctg_anon_join(struct ctg_mm *mm, struct ctg_mm *relative); /* relative NULL: a new family */
+void ctg_anon_leave(struct ctg_mm *mm);
+void ctg_anons_destroy(struct ctg *ctg);
+/*
+ * Lock the family of a frame that the caller holds a reference on. NULL: it is not anonymous or no
+ * longer mapped. Unlock with ctg_unlock.
+ */
+struct ctg_anon *ctg_anon_lock(struct ctg *ctg, ctg_pfn_t pfn);
+
+#endif
