@@ -42,7 +42,7 @@
 		return __atomic_compare_exchange_n(                                                \
 			&w->v, expected, desired, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);      \
 	}                                                                                          \
-	/* The adds and ors return what was there before. */                                       \
+	/* The adds, ors and ands return what was there before. */                                       \
 	static inline uint##bits##_t ctg_add##bits##_acq_rel(type *w, uint##bits##_t v)            \
 	{                                                                                          \
 		CTG_SWITCH_POINT();                                                                \
@@ -58,6 +58,11 @@
 		CTG_SWITCH_POINT();                                                                \
 		return __atomic_fetch_or(&w->v, v, __ATOMIC_ACQ_REL);                              \
 	}                                                                                          \
+	static inline uint##bits##_t ctg_and##bits##_acq_rel(type *w, uint##bits##_t v)            \
+	{                                                                                          \
+		CTG_SWITCH_POINT();                                                                \
+		return __atomic_fetch_and(&w->v, v, __ATOMIC_ACQ_REL);                             \
+	}                                                                                          \
 	static inline uint##bits##_t ctg_xchg##bits##_acq_rel(type *w, uint##bits##_t v)           \
 	{                                                                                          \
 		CTG_SWITCH_POINT();                                                                \
@@ -66,5 +71,12 @@
 
 CTG_DEFINE_ATOMICS(32, struct ctg_word32)
 CTG_DEFINE_ATOMICS(64, struct ctg_word64)
+
+/*
+ * Fields that a lock protects and that are also read without it, as hints that may be stale: the
+ * reader without the lock uses the first, the writer under it the second.
+ */
+#define ctg_hint_load(p) (CTG_SWITCH_POINT(), __atomic_load_n((p), __ATOMIC_RELAXED))
+#define ctg_hint_store(p, v) __atomic_store_n((p), (v), __ATOMIC_RELAXED)
 
 #endif

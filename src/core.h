@@ -126,16 +126,21 @@ struct ctg_free_list {
 	uint64_t nr;    /* blocks */
 };
 
-/* A pageblock's summary. All under zone->lock; the counts may be read without it as hints. */
+/*
+ * A pageblock's summary. All under zone->lock; without it, ctg_hint_load reads a field as a hint.
+ * So whoever changes one that is in use does so with ctg_hint_store.
+ */
 struct ctg_block {
 	uint8_t migratetype; /* what it is when not isolated */
 	bool present;
 	bool released; /* its frames are, or were, in the buddy allocator or an area */
-	bool tree_dirty; /* the leaf of the tree of free runs is to be computed again */
 	uint16_t nr_free;   /* frames of it in buddy lists (of any type, ISOLATE too) */
 	uint16_t nr_contig; /* frames of it that are CONTIG */
 	const void *isolated_by; /* who isolated it; NULL: nobody. Only that one may undo it */
 };
+
+/* Levels of the tree of free runs: 2^23 pageblocks are the most that a zone can have. */
+#define CTG_RUN_LEVELS 24
 
 #define CTG_PCP_BATCH 32
 #define CTG_PCP_HIGH 128
@@ -155,7 +160,9 @@ struct ctg_zone {
 	struct ctg_frame *frames;
 	struct ctg_block *blocks;
 	struct ctg_run_node *tree; /* runs.c: longest free run, a segment tree over the blocks */
-	uint64_t nr_present, nr_isolated_free;
+	uint32_t run_level[CTG_RUN_LEVELS]; /* runs.c: index of each level's first node */
+	unsigned nr_run_levels;
+	uint64_t nr_present;
 	uint64_t nr_free[CTG_NR_MIGRATETYPES]; /* frames on the lists of each type */
 	struct ctg_free_list free[CTG_NR_ORDERS][CTG_NR_MIGRATETYPES];
 	struct ctg_pcp pcp[CTG_MAX_CPUS];
@@ -204,13 +211,25 @@ static inline struct ctg_block *ctg_zone_block(const struct ctg_zone *zone, ctg_
 struct ctg_zone *ctg_zone_of(struct ctg *ctg, ctg_pfn_t pfn); /* NULL: outside every zone */
 /* The frame of a pfn known to be in a zone. */
 struct ctg_frame *ctg_frame_of(struct ctg *ctg, ctg_pfn_t pfn);
+/* ctg_zone_release into a given type (CMA for areas). Takes zone->lock. 0 or -EINVAL. */
+int ctg_zone_lend(struct ctg_zone *zone, ctg_pfn_t pfn, uint64_t nr, enum ctg_migratetype mt,
+	bool zeroed);
+
+/* cma.c: what ctg_destroy needs: free every area's structures */
+void ctg_cma_destroy_all(struct ctg *ctg);
+/* rmap.c: likewise, every family */
+void ctg_anons_destroy(struct ctg *ctg);
 
 /* buddy.c: all of these take zone->lock themselves. A block is [pfn, pfn + 2^order), aligned. */
 /* Largest block of order max..min that suits gfp out of one zone; its head is USED, word 0. */
 int ctg_buddy_alloc(struct ctg_zone *zone, unsigned max_order, unsigned min_order, unsigned gfp,
 	ctg_pfn_t *pfn, unsigned *order, bool *zeroed);
-/* Free frames of any count and alignment, as the largest blocks; nobody holds them; infos may be
- * anything. Goes to the ISOLATE list where a block is isolated. */
+/*
+ * Free frames of any count and alignment, as the largest blocks; nobody holds them (words are 0).
+ * Infos may be those of any blocks, but the blocks must be whole, in this sense: each frame is a
+ * head, or a TAIL inside the block of a head that is freed too or was shortened before. Goes to
+ * the ISOLATE list where a block is isolated. Takes the lock anew now and then.
+ */
 void ctg_buddy_free_range(struct ctg_zone *zone, ctg_pfn_t pfn, uint64_t nr, bool zeroed);
 /*
  * Take exactly [pfn, pfn + nr) if every frame of it is free now: each becomes CONTIG, order 0,
@@ -255,6 +274,11 @@ void ctg_split_used(struct ctg *ctg, ctg_pfn_t pfn, unsigned order);
  * wakes waiters, clears the word, discards if the zone says so, frees.
  */
 void ctg_frame_free(struct ctg *ctg, ctg_pfn_t pfn);
+/*
+ * Free frames that nobody holds and nobody waits for (words are 0): discards if the zone says so,
+ * then ctg_buddy_free_range.
+ */
+void ctg_free_run(struct ctg_zone *zone, ctg_pfn_t pfn, uint64_t nr, bool zeroed);
 
 /* frame.c: the operations on the word */
 /* Take a plain reference unless the frame is free, frozen or full. 0, -EBUSY, -EOVERFLOW. */
@@ -265,7 +289,10 @@ void ctg_frame_put(struct ctg *ctg, ctg_pfn_t pfn, uint64_t one, uint32_t nr);
 /* Freeze from exactly `map` mappings and `ref` references and no pin (flags as they may be).
  * true: frozen. false: *seen is the word that stood in the way. */
 bool ctg_frame_freeze(struct ctg_frame *frame, uint32_t map, uint32_t ref, uint64_t *seen);
-/* Leave FROZEN with these counts; wakes those who waited for it. */
+/*
+ * Leave FROZEN with these counts; wakes those who waited for it. With counts 0 the frame is the
+ * caller's, who then calls ctg_frame_free (which may also be called on a FROZEN frame).
+ */
 void ctg_frame_unfreeze(struct ctg *ctg, struct ctg_frame *frame, uint64_t counts);
 /*
  * Sleep until a holder leaves the frame, it is unfrozen, or the deadline passes: sets WAITERS and
@@ -274,6 +301,9 @@ void ctg_frame_unfreeze(struct ctg *ctg, struct ctg_frame *frame, uint64_t count
 int ctg_frame_wait(struct ctg *ctg, ctg_pfn_t pfn, uint64_t seen, uint64_t deadline, bool killable);
 /* Which kind of holder exceeds what is accounted for. */
 enum ctg_obstacle_kind ctg_word_obstacle(uint64_t word, uint32_t map, uint32_t ref);
+
+/* Wake those who wait for a frame, after WAITERS has been cleared in its word. */
+void ctg_frame_wake(struct ctg *ctg, ctg_pfn_t pfn);
 
 /* stat.c */
 void ctg_trace(struct ctg *ctg, enum ctg_event_kind kind, ctg_pfn_t pfn, uint64_t nr, uint64_t value,
