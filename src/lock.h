@@ -15,6 +15,7 @@
  *   ctg->areas_lock the list of areas
  *   table->lock     the entries of one page-table node; two: the parent first. No hook is
  *                   called under it
+ *   mm->spare_lock  the tables that are not in the tree; a leaf
  *   pcp->lock       one CPU's cached frames of one zone
  *   ctg->anons_lock the list of families
  *   zone->lock      free lists, pageblocks and their summaries. No hook is called under it but

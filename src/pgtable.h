@@ -53,12 +53,12 @@ static inline uint64_t ctg_level_pages(unsigned level)
 
 struct ctg_table {
 	struct ctg_word64 entry[CTG_TABLE_ENTRIES];
-	struct ctg_lock lock; /* protects the entries, base and live */
+	struct ctg_lock lock; /* protects the entries, level, base, live and used */
 	unsigned level;
 	bool live;            /* part of the tree */
 	ctg_vpn_t base;       /* first page it covers */
 	unsigned used;        /* entries that are not EMPTY */
-	struct ctg_table *next; /* mm->spare, under mm->lock */
+	struct ctg_table *next; /* mm->spare, under mm->spare_lock */
 };
 
 /*
@@ -103,8 +103,10 @@ struct ctg_mm {
 	struct ctg_anon *anon;
 	struct ctg_mm *family_next; /* anon->lock */
 	struct ctg_table *root;     /* level 3 */
-	struct ctg_table *spare;    /* tables out of the tree; mm->lock */
-	uint64_t nr_tables;         /* mm->lock */
+	struct ctg_lock spare_lock; /* a leaf: migration takes tables without mm->lock */
+	struct ctg_table *spare;    /* tables out of the tree; spare_lock */
+	struct ctg_word64 recycled; /* raised when a spare table is about to be filled again */
+	struct ctg_word64 nr_tables; /* in the tree */
 	struct ctg_word64 nr_present; /* pages */
 	struct ctg_word32 moved;    /* raised whenever a migration ends in this mm; waited on */
 	struct ctg_batch batch;
@@ -128,20 +130,50 @@ void ctg_pte_set(struct ctg_pte_ref *ref, uint64_t entry);
 /* The entry that governs vpn, without a lock; *level is the level it was found at. */
 uint64_t ctg_pte_read(const struct ctg_mm *mm, ctg_vpn_t vpn, unsigned *level);
 
-/* A table that is not part of the tree: fill its entries, then give it to ctg_pte_set_table. Free it
- * with ctg_table_free if it was not used. No table lock may be held. NULL: no memory. */
+/*
+ * Visit every entry that governs a page of [vpn, end), from the lowest address up:
+ *
+ *	struct ctg_pte_walk walk = CTG_PTE_WALK(mm, vpn, end);
+ *	while (ctg_pte_walk_next(&walk))
+ *		... walk.ref is locked and never a TABLE; it may be changed with ctg_pte_set ...
+ *
+ * A table stays locked from its first entry to its last. To leave early: ctg_pte_walk_stop.
+ */
+struct ctg_pte_walk {
+	struct ctg_mm *mm;
+	ctg_vpn_t vpn; /* first page of the range that ref governs */
+	uint64_t nr;   /* pages of the range that ref governs */
+	ctg_vpn_t end;
+	struct ctg_pte_ref ref;
+	bool locked;
+};
+#define CTG_PTE_WALK(mm_, vpn_, end_) {.mm = (mm_), .vpn = (vpn_), .end = (end_)}
+bool ctg_pte_walk_next(struct ctg_pte_walk *walk);
+void ctg_pte_walk_stop(struct ctg_pte_walk *walk);
+
+/*
+ * A table that is not part of the tree, all EMPTY: fill its entries with ctg_store64_release (a
+ * reader that was on its way when the table was last in the tree may still look), then give it to
+ * ctg_pte_set_table. Free it with ctg_table_free if it was not used. No table lock may be held;
+ * mm->lock need not be. NULL: no memory.
+ */
 struct ctg_table *ctg_table_alloc(struct ctg_mm *mm, unsigned level);
 void ctg_table_free(struct ctg_mm *mm, struct ctg_table *table);
-/* Put a filled table in place of the locked entry, which it must cover; ref becomes unlocked. */
+/* Put a filled table in place of the locked entry, which it must cover; ref becomes unlocked.
+ * YOUNG and DIRTY that come in meanwhile go to every PRESENT entry of the table. */
 void ctg_pte_set_table(struct ctg_mm *mm, struct ctg_pte_ref *ref, struct ctg_table *table);
 /*
  * Make sure that the entry governing vpn is at `level` or below and that its neighbours outside are
- * unaffected: splits RESERVED and PRESENT large entries above it. Splitting a PRESENT entry of
- * order 9 adds 511 mappings to its frame. mm->lock held. 0, -ENOMEM, -EOVERFLOW.
+ * unaffected: splits EMPTY, RESERVED and PRESENT large entries above it. Splitting a PRESENT entry
+ * of order 9 adds 511 mappings to its frame; pieces of a MOVING one are MOVING. mm->lock held.
+ * 0, -ENOMEM, -EOVERFLOW.
  */
 int ctg_pte_split_to(struct ctg_mm *mm, ctg_vpn_t vpn, unsigned level);
-/* Take an all-EMPTY table of level 0 that covers vpn out of the tree. mm->lock held. */
-void ctg_pte_prune(struct ctg_mm *mm, ctg_vpn_t vpn);
+/*
+ * Take the tables that cover pages of [vpn, end) out of the tree whose entries are all EMPTY, or all
+ * RESERVED with the same rights (one RESERVED entry replaces those). mm->lock held.
+ */
+void ctg_pte_prune(struct ctg_mm *mm, ctg_vpn_t vpn, ctg_vpn_t end);
 int ctg_pt_init(struct ctg_mm *mm);
 void ctg_pt_destroy(struct ctg_mm *mm);
 
@@ -165,5 +197,7 @@ void ctg_anons_destroy(struct ctg *ctg);
  * longer mapped. Unlock with ctg_unlock.
  */
 struct ctg_anon *ctg_anon_lock(struct ctg *ctg, ctg_pfn_t pfn);
+/* The head of a frame that is mapped (the caller knows that it stays mapped): its word has the count. */
+ctg_pfn_t ctg_frame_head(struct ctg *ctg, ctg_pfn_t pfn);
 
 #endif
