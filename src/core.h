@@ -163,6 +163,8 @@ struct ctg_zone {
 	uint32_t run_level[CTG_RUN_LEVELS]; /* runs.c: index of each level's first node */
 	unsigned nr_run_levels;
 	uint64_t nr_present;
+	/* Raised when an allocation has undone its isolation; waited on (contig.c). */
+	struct ctg_word32 isolation_ended;
 	uint64_t nr_free[CTG_NR_MIGRATETYPES]; /* frames on the lists of each type */
 	struct ctg_free_list free[CTG_NR_ORDERS][CTG_NR_MIGRATETYPES];
 	struct ctg_pcp pcp[CTG_MAX_CPUS];

@@ -46,6 +46,7 @@ enum ctg_obstacle_kind {
 	CTG_OBSTACLE_PORT,       /* the port refused to restrict or install */
 	CTG_OBSTACLE_NO_MEMORY,  /* no destination */
 	CTG_OBSTACLE_MOVING,     /* it is being migrated by somebody else */
+	CTG_OBSTACLE_CACHED,     /* free, in a CPU's cache, which FAST does not drain */
 };
 
 /* The account of one allocation. */
