@@ -55,6 +55,13 @@ enum proto_request_kind {
 	PROTO_LEND,      /* whole chunks of ordinary memory become lent memory */
 	PROTO_COUNT,     /* addr: PROTO_COUNT_*; bytes: how much was served by ordinary memory */
 };
+/* Why memory was ordinary. Each message adds to the count of its kind. */
+enum proto_count {
+	PROTO_COUNT_FULL,   /* the region had no room */
+	PROTO_COUNT_STICKY, /* the program changed rights or advice of it: not to be lent again */
+	PROTO_COUNT_OTHER,  /* outside the window, or before it existed */
+	PROTO_NR_COUNTS
+};
 struct proto_request {
 	uint32_t kind;
 	uint32_t spare;
@@ -66,7 +73,11 @@ struct proto_reply {
 	uint64_t done; /* bytes that were done (PRIVATISE and LEND stop at the first error) */
 };
 
-/* To AGENT: seq and the operations; the length says how many. */
+/*
+ * To AGENT: seq and the operations; the length says how many, which may be none: the agent is asked
+ * whether it answers. Acknowledged one by one, in order. The first message to an agent is such an
+ * empty command; requests sent on CALL before the agent is connected wait for it.
+ */
 struct proto_command {
 	uint64_t seq;
 	struct posix_op op[POSIX_MAX_OPS];
@@ -89,7 +100,9 @@ struct proto_ack {
  *   leases   {}
  * Answers: {"ok": true, ...} or {"ok": false, "error": -16, "name": "EBUSY", "text": "...",
  * "report": {...}}. Large answers come as a descriptor of a sealed memfd beside {"ok": true,
- * "in_fd": true, "bytes": N}.
+ * "in_fd": true, "bytes": N}; it comes before the region's descriptor if that comes too.
+ * The members of the answers are described above the functions that make them: report.c (stat, map)
+ * and lease.c (alloc, release, leases).
  */
 
 /* runtime.c */
