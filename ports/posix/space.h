@@ -52,6 +52,7 @@ enum posix_guard {
 
 struct posix_range {
 	uint64_t addr, bytes;
+	uint64_t since; /* ns: when writers were kept out */
 	struct posix_range *next;
 };
 
@@ -71,7 +72,13 @@ struct posix_space {
 	 * -CTG_ENOENT: the process is gone (nothing it does matters any more).
 	 */
 	int (*ops)(struct posix_space *space, const struct posix_op *ops, size_t nr, int *err);
-	void *link; /* the server's, for ops */
+	/*
+	 * Does the space's process carry out operations now? Asked before writers are kept out, with
+	 * lock held. 0; -CTG_EBUSY: not within a short time (stopped, overloaded); -CTG_ENOENT: gone.
+	 * NULL: always.
+	 */
+	int (*ping)(struct posix_space *space);
+	void *link; /* the server's, for ops and ping */
 
 	pthread_mutex_t lock;
 	pthread_cond_t settled; /* a range left `moving` or `exclusive` */
@@ -81,15 +88,34 @@ struct posix_space {
 					  memory of the process; the port leaves them alone */
 	uint64_t nr_maps;    /* estimate of mappings in use, never too low */
 	uint64_t stall_max_ns; /* longest time writers were kept out, since posix_space_stall_reset */
+	unsigned unsettled; /* tlb_install calls that failed and will be called again: may not fail */
+	struct posix_range *spare; /* so that a range can be split without memory */
+	/* Under lock. Whoever sets it broadcasts settled: posix_space_set_dead. Mapping operations are
+	 * then left out; frames come back with posix_space_destroy. */
 	bool dead;
 };
 
+/* region.c: what a borrower is given. The descriptors stay the region's; files[POSIX_FILE_SPILL] is
+ * -1 without a spill zone. Returns how many there are (1 or 2). */
+int posix_region_files(struct ctg_region *region, int files[POSIX_NR_FILES]);
+/* The region's stopper, started when first asked for. 0 or negative errno. */
+struct posix_stopper;
+int posix_region_stopper(struct ctg_region *region, struct posix_stopper **out);
+
 /* space.c */
 /* Make a space and its mm over a region. The caller has filled pid, local, guard, uffd, keep, window*,
- * ops and link. 0, -ENOMEM, -EINVAL. */
+ * ops, ping and link, the rest is zero. 0, -ENOMEM, -EINVAL. */
 int posix_space_init(struct posix_space *space, struct ctg_region *region);
 /* Tear down: everything lent to it comes back. The process is gone or will not touch its window. */
 void posix_space_destroy(struct posix_space *space, bool dead);
+/* The process is gone or does not answer any more: nobody waits for it from now on. */
+void posix_space_set_dead(struct posix_space *space);
+/* stall_max_ns, and begin it anew if `reset`. */
+uint64_t posix_space_stall(struct posix_space *space, bool reset);
+/* Is the 2 MiB chunk of addr ordinary memory of the process? */
+bool posix_space_is_private(struct posix_space *space, uint64_t addr);
+/* Declare whole chunks ordinary memory without a conversion (a chunk that was never lent), or not. */
+void posix_space_set_private(struct posix_space *space, uint64_t addr, uint64_t bytes, bool is_private);
 
 /*
  * Keep migrations out of [addr, addr + bytes): waits for those under way, makes new ones fail with
@@ -119,7 +145,6 @@ int posix_tlb_install(void *host, struct ctg_mm *mm, const struct ctg_vrange *ra
 
 /* stop.c: one process, forked while the caller is single-threaded or by clone with exec-safe code, that
  * stops threads of others with ptrace on command; its death resumes them. */
-struct posix_stopper;
 int posix_stopper_start(struct posix_stopper **out);
 void posix_stopper_end(struct posix_stopper *stopper);
 pid_t posix_stopper_pid(const struct posix_stopper *stopper); /* for PR_SET_PTRACER */
