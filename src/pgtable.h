@@ -177,6 +177,16 @@ void ctg_pte_prune(struct ctg_mm *mm, ctg_vpn_t vpn, ctg_vpn_t end);
 int ctg_pt_init(struct ctg_mm *mm);
 void ctg_pt_destroy(struct ctg_mm *mm);
 
+/* Find the entry and set YOUNG (and DIRTY) if it is PRESENT. Takes no lock. */
+void ctg_pte_mark(struct ctg_mm *mm, ctg_vpn_t vpn, bool dirty);
+
+/* mm.c */
+/* Not empty, in bounds, aligned to what the mm maps. */
+bool ctg_mm_range_valid(const struct ctg_mm *mm, ctg_vpn_t vpn, uint64_t nr);
+/* Change the rights of what is mapped, PRESENT or RESERVED: the table only. mm->lock held; no entry
+ * crosses the edges. */
+void ctg_mm_set_rights(struct ctg_mm *mm, ctg_vpn_t vpn, ctg_vpn_t end, uint64_t rights);
+
 /* unmap.c */
 void ctg_batch_init(struct ctg_mm *mm);   /* and into ctg->batches */
 void ctg_batch_destroy(struct ctg_mm *mm); /* flushed; out of ctg->batches */

@@ -1,0 +1,369 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Frames for what is RESERVED: populate and faults.
+ */
+#include "pgtable.h"
+
+/*
+ * What has been mapped in the table and not yet installed: consecutive pages in consecutive frames,
+ * with the same rights, so that a port maps them in one step.
+ */
+struct fill {
+	struct ctg_mm *mm;
+	ctg_vpn_t vpn;
+	ctg_pfn_t pfn;
+	uint64_t nr;
+	uint64_t rights;
+	int error; /* the first that an installation returned; that run has been taken back */
+};
+
+/* ---- taking a run back ------------------------------------------------------------------------
+ */
+
+/* Which pages of a run somebody has written to, from vpn on: as long as they agree. */
+static uint64_t written_run(struct ctg_mm *mm, ctg_vpn_t vpn, ctg_vpn_t end, bool *written)
+{
+	ctg_vpn_t at = vpn;
+	unsigned level;
+
+	while (at < end) {
+		bool dirty = (ctg_pte_read(mm, at, &level) & CTG_PTE_DIRTY) != 0;
+
+		if (at == vpn)
+			*written = dirty;
+		else if (dirty != *written)
+			break;
+		at = (at | (ctg_level_pages(level) - 1)) + 1;
+	}
+	return at - vpn;
+}
+
+/*
+ * The port could not install the run: it becomes RESERVED again. A port that fills its mapping on
+ * demand may have let a write through since the entries were stored. That page stays: so first no
+ * access is allowed any more, then is DIRTY looked at. Faults meanwhile wait for mm->lock.
+ */
+static void fill_undo(const struct fill *fill)
+{
+	struct ctg_mm *mm = fill->mm;
+	const struct ctg_port *port = &mm->ctg->port;
+	const struct ctg_vrange range = {fill->vpn, fill->nr};
+	ctg_vpn_t vpn = range.vpn, end = range.vpn + range.nr;
+
+	ctg_mm_set_rights(mm, vpn, end, 0);
+	port->tlb_restrict(port->host, mm, &range, 1, CTG_TLB_INVALIDATE);
+	while (vpn < end) {
+		bool written = false;
+		uint64_t nr = written_run(mm, vpn, end, &written);
+
+		if (!written)
+			ctg_unmap_range(mm, vpn, nr, true);
+		vpn += nr;
+	}
+	ctg_mm_set_rights(mm, range.vpn, end, fill->rights);
+	/* The table is as it was: this call must not fail. */
+	port->tlb_install(port->host, mm, &range, 1);
+	ctg_pte_prune(mm, range.vpn, end);
+}
+
+static void fill_install(struct fill *fill)
+{
+	const struct ctg_port *port = &fill->mm->ctg->port;
+	const struct ctg_vrange range = {fill->vpn, fill->nr};
+	int ret;
+
+	if (fill->nr == 0)
+		return;
+	ret = port->tlb_install(port->host, fill->mm, &range, 1);
+	if (ret != 0) {
+		fill_undo(fill);
+		if (fill->error == 0)
+			fill->error = ret;
+	}
+	fill->nr = 0;
+}
+
+/* ---- mapping new frames -----------------------------------------------------------------------
+ */
+
+/* Say whose a new frame is. Its only holder is the allocation's reference, or a stranger's glance.
+ */
+static void frame_own(struct ctg_mm *mm, ctg_pfn_t pfn, ctg_vpn_t vpn)
+{
+	struct ctg_frame *frame = ctg_frame_of(mm->ctg, pfn);
+	uint32_t info = ctg_load32_relaxed(&frame->info);
+
+	frame->anon = mm->anon;
+	frame->index = vpn;
+	ctg_store32_release(
+		&frame->info, CTG_INFO(CTG_FRAME_ANON, ctg_info_order(info), ctg_info_mt(info), 0));
+}
+
+/*
+ * Turn the allocation's reference into the mapping that the locked entry is about to be. A
+ * migration that sees the count under the table's lock sees the entry too.
+ */
+static void frame_map(struct ctg_mm *mm, ctg_pfn_t pfn)
+{
+	struct ctg_frame *frame = ctg_frame_of(mm->ctg, pfn);
+	uint64_t word = ctg_add64_acq_rel(&frame->word, CTG_WORD_MAP1 - CTG_WORD_REF1);
+
+	CTG_ASSERT(!ctg_word_frozen(word) && ctg_word_ref(word) != 0 && ctg_word_map(word) == 0);
+	/* Somebody sleeps until a reference leaves. Dropping one more wakes him. */
+	if ((word & CTG_WORD_WAITERS) != 0 && ctg_frame_tryget(frame) == 0)
+		ctg_frame_put(mm->ctg, pfn, CTG_WORD_REF1, 1);
+}
+
+/*
+ * Map 2^order frames at vpn, where every entry is RESERVED at `level`: one entry of level 1, or
+ * 2^order of level 0 with a frame each.
+ */
+static void fill_map(
+	struct fill *fill, ctg_vpn_t vpn, ctg_pfn_t pfn, unsigned order, unsigned level)
+{
+	struct ctg_mm *mm = fill->mm;
+	uint64_t nr = (uint64_t)1 << order;
+	uint64_t step = ctg_level_pages(level);
+	struct ctg_pte_walk walk = CTG_PTE_WALK(mm, vpn, vpn + nr);
+	uint64_t rights = 0;
+
+	for (uint64_t i = 0; i < nr; i += step)
+		frame_own(mm, pfn + i, vpn + i);
+	while (ctg_pte_walk_next(&walk)) {
+		CTG_ASSERT(walk.ref.level == level && (walk.ref.entry & CTG_PTE_RESERVED) != 0);
+		rights = walk.ref.entry & CTG_PTE_RIGHTS;
+		frame_map(mm, pfn + (walk.vpn - vpn));
+		ctg_pte_set(&walk.ref, ctg_pte(pfn + (walk.vpn - vpn), CTG_PTE_PRESENT | rights));
+	}
+	ctg_add64_relaxed(&mm->nr_present, nr);
+	if (fill->nr != 0 && (fill->vpn + fill->nr != vpn || fill->pfn + fill->nr != pfn ||
+				     fill->rights != rights))
+		fill_install(fill);
+	if (fill->nr == 0) {
+		fill->vpn = vpn;
+		fill->pfn = pfn;
+		fill->rights = rights;
+	}
+	fill->nr += nr;
+}
+
+static unsigned fill_gfp(const struct fill *fill)
+{
+	return fill->mm->config.gfp | CTG_GFP_MOVABLE | CTG_GFP_ZERO;
+}
+
+/* Back the slot of 2 MiB at vpn, which is RESERVED as a whole, with one frame. */
+static int fill_large(struct fill *fill, ctg_vpn_t vpn)
+{
+	struct ctg *ctg = fill->mm->ctg;
+	unsigned order;
+	ctg_pfn_t pfn;
+	int ret = ctg_pte_split_to(fill->mm, vpn, 1);
+
+	if (ret == 0)
+		ret = ctg_alloc_run(ctg, CTG_PAGEBLOCK_ORDER, CTG_PAGEBLOCK_ORDER, fill_gfp(fill),
+			&pfn, &order);
+	if (ret == 0)
+		fill_map(fill, vpn, pfn, CTG_PAGEBLOCK_ORDER, 1);
+	return ret;
+}
+
+/* The largest order of which 2^order pages of [vpn, vpn + nr) are RESERVED alike, at level 0. */
+static unsigned reserved_order(struct ctg_mm *mm, ctg_vpn_t vpn, uint64_t nr)
+{
+	struct ctg_pte_walk walk = CTG_PTE_WALK(mm, vpn, vpn + nr);
+	uint64_t first = 0, alike = 0;
+	unsigned order = 0;
+
+	while (ctg_pte_walk_next(&walk)) {
+		if (alike == 0)
+			first = walk.ref.entry;
+		if (walk.ref.entry != first) {
+			ctg_pte_walk_stop(&walk);
+			break;
+		}
+		alike++;
+	}
+	while (order + 1 < CTG_PAGEBLOCK_ORDER && (uint64_t)2 << order <= alike)
+		order++;
+	return order;
+}
+
+/* Back the page at vpn and some of those that follow, nr at most, with a run of small frames. */
+static int fill_small(struct fill *fill, ctg_vpn_t vpn, uint64_t nr, uint64_t *done)
+{
+	struct ctg *ctg = fill->mm->ctg;
+	unsigned order;
+	ctg_pfn_t pfn;
+	int ret = ctg_pte_split_to(fill->mm, vpn, 0);
+
+	if (ret != 0)
+		return ret;
+	ret = ctg_alloc_run(
+		ctg, reserved_order(fill->mm, vpn, nr), 0, fill_gfp(fill), &pfn, &order);
+	if (ret != 0)
+		return ret;
+	if (order != 0)
+		ctg_split_used(ctg, pfn, order);
+	*done = (uint64_t)1 << order;
+	fill_map(fill, vpn, pfn, order, 0);
+	return 0;
+}
+
+/*
+ * Back at least the page at vpn, which is RESERVED by an entry of this level, and at most all up to
+ * end: *done pages of them.
+ */
+static int fill_some(
+	struct fill *fill, ctg_vpn_t vpn, ctg_vpn_t end, unsigned level, uint64_t *done)
+{
+	ctg_vpn_t slot_end = (vpn | (CTG_PAGEBLOCK_FRAMES - 1)) + 1;
+	int ret;
+
+	if (level != 0 && slot_end - vpn == CTG_PAGEBLOCK_FRAMES && slot_end <= end) {
+		*done = CTG_PAGEBLOCK_FRAMES;
+		ret = fill_large(fill, vpn);
+		if (ret == 0 || fill->mm->config.map_order != 0)
+			return ret;
+	}
+	CTG_ASSERT(fill->mm->config.map_order == 0);
+	return fill_small(fill, vpn, (slot_end < end ? slot_end : end) - vpn, done);
+}
+
+/* ---- populate ---------------------------------------------------------------------------------
+ */
+
+static uint64_t present_pages(const struct ctg_mm *mm, ctg_vpn_t vpn, ctg_vpn_t end)
+{
+	uint64_t nr = 0;
+
+	while (vpn < end) {
+		unsigned level;
+		bool present = (ctg_pte_read(mm, vpn, &level) & CTG_PTE_PRESENT) != 0;
+		ctg_vpn_t next = (vpn | (ctg_level_pages(level) - 1)) + 1;
+
+		if (next > end)
+			next = end;
+		nr += present ? next - vpn : 0;
+		vpn = next;
+	}
+	return nr;
+}
+
+static int fill_range(struct ctg_mm *mm, ctg_vpn_t vpn, ctg_vpn_t end)
+{
+	struct fill fill = {.mm = mm};
+	bool hole = false;
+	int ret = 0;
+
+	while (ret == 0 && fill.error == 0 && vpn < end) {
+		unsigned level;
+		uint64_t entry = ctg_pte_read(mm, vpn, &level);
+		uint64_t done = ctg_level_pages(level) - (vpn & (ctg_level_pages(level) - 1));
+
+		if ((entry & CTG_PTE_RESERVED) != 0)
+			ret = fill_some(&fill, vpn, end, level, &done);
+		hole = hole || entry == 0;
+		vpn += done < end - vpn ? done : end - vpn;
+	}
+	fill_install(&fill);
+	if (fill.error != 0)
+		return fill.error;
+	return ret == 0 && hole ? -CTG_EFAULT : ret;
+}
+
+int ctg_mm_populate(struct ctg_mm *mm, ctg_vpn_t vpn, uint64_t nr, uint64_t *nr_present)
+{
+	ctg_vpn_t end = vpn + nr;
+	int ret;
+
+	if (nr_present != NULL)
+		*nr_present = 0;
+	if (!ctg_mm_range_valid(mm, vpn, nr))
+		return -CTG_EINVAL;
+	ctg_lock(&mm->ctg->port, &mm->lock);
+	ret = fill_range(mm, vpn, end);
+	if (ret != 0) /* tables that were made for frames that did not come */
+		ctg_pte_prune(mm, vpn, end);
+	if (nr_present != NULL)
+		*nr_present = present_pages(mm, vpn, end);
+	ctg_unlock(&mm->ctg->port, &mm->lock);
+	return ret;
+}
+
+/* ---- faults -----------------------------------------------------------------------------------
+ */
+
+/*
+ * The largest frame that suits: a large one if the slot has nothing yet, else one page. mm->lock
+ * held; the page is RESERVED.
+ */
+static int fault_fill(struct ctg_mm *mm, ctg_vpn_t vpn, unsigned level)
+{
+	struct fill fill = {.mm = mm};
+	ctg_vpn_t slot = vpn & ~(CTG_PAGEBLOCK_FRAMES - 1);
+	uint64_t done;
+	int ret = -CTG_ENOMEM;
+
+	if (level != 0)
+		ret = fill_large(&fill, slot);
+	if (ret != 0 && mm->config.map_order == 0)
+		ret = fill_small(&fill, vpn, 1, &done);
+	fill_install(&fill);
+	if (ret == 0)
+		ret = fill.error;
+	if (ret != 0)
+		ctg_pte_prune(mm, slot, slot + CTG_PAGEBLOCK_FRAMES);
+	return ret;
+}
+
+static bool access_allowed(uint64_t entry, bool write)
+{
+	return (entry & (write ? CTG_PTE_WRITE : CTG_PTE_READ)) != 0;
+}
+
+/* -EAGAIN: a migration is copying the page, and mm->moved was *moved before that was seen. */
+static int fault_once(struct ctg_mm *mm, ctg_vpn_t vpn, bool write, uint32_t *moved)
+{
+	unsigned level;
+	uint64_t entry;
+	int ret = 0;
+
+	*moved = ctg_load32_acquire(&mm->moved);
+	entry = ctg_pte_read(mm, vpn, &level);
+	if ((entry & CTG_PTE_PRESENT) != 0 && access_allowed(entry, write))
+		return write && (entry & CTG_PTE_MOVING) != 0 ? -CTG_EAGAIN : 0;
+	ctg_lock(&mm->ctg->port, &mm->lock);
+	*moved = ctg_load32_acquire(&mm->moved);
+	entry = ctg_pte_read(mm, vpn, &level);
+	if (!access_allowed(entry, write))
+		ret = -CTG_EFAULT;
+	else if ((entry & CTG_PTE_RESERVED) != 0)
+		ret = fault_fill(mm, vpn, level);
+	else if (write && (entry & CTG_PTE_MOVING) != 0)
+		ret = -CTG_EAGAIN;
+	ctg_unlock(&mm->ctg->port, &mm->lock);
+	return ret;
+}
+
+int ctg_handle_fault(struct ctg_mm *mm, ctg_vpn_t vpn, bool write)
+{
+	const struct ctg_port *port = &mm->ctg->port;
+	bool waited = false;
+	uint32_t moved;
+	int ret;
+
+	if (vpn >= CTG_MM_MAX_VPN)
+		return -CTG_EFAULT;
+	ctg_count(&mm->ctg->counters.faults, 1);
+	while ((ret = fault_once(mm, vpn, write, &moved)) == -CTG_EAGAIN) {
+		if (!waited)
+			ctg_count(&mm->ctg->counters.faults_waited, 1);
+		waited = true;
+		/* The migration clears MOVING, then raises mm->moved. */
+		ret = port->wait(port->host, &mm->moved, moved, CTG_NO_DEADLINE, true);
+		if (ret == -CTG_EINTR)
+			break;
+	}
+	return ret;
+}

@@ -1,0 +1,128 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Families: from a frame to the address spaces that may map it.
+ */
+#include "pgtable.h"
+
+static struct ctg_anon *anon_claim(struct ctg *ctg)
+{
+	struct ctg_anon *anon;
+
+	ctg_lock(&ctg->port, &ctg->anons_lock);
+	for (anon = ctg->anons; anon != NULL && anon->in_use; anon = anon->next)
+		;
+	if (anon != NULL)
+		anon->in_use = true;
+	ctg_unlock(&ctg->port, &ctg->anons_lock);
+	return anon;
+}
+
+/* A family without members that nobody else joins. */
+static struct ctg_anon *anon_new(struct ctg *ctg)
+{
+	const struct ctg_port *port = &ctg->port;
+	struct ctg_anon *anon = anon_claim(ctg);
+
+	if (anon != NULL)
+		return anon;
+	anon = port->meta_alloc(port->host, sizeof(*anon), _Alignof(struct ctg_anon));
+	if (anon == NULL)
+		return NULL;
+	anon->in_use = true;
+	ctg_lock(port, &ctg->anons_lock);
+	anon->next = ctg->anons;
+	ctg->anons = anon;
+	ctg_unlock(port, &ctg->anons_lock);
+	return anon;
+}
+
+int ctg_anon_join(struct ctg_mm *mm, struct ctg_mm *relative)
+{
+	struct ctg *ctg = mm->ctg;
+	struct ctg_anon *anon = relative != NULL ? relative->anon : anon_new(ctg);
+
+	if (anon == NULL)
+		return -CTG_ENOMEM;
+	ctg_lock(&ctg->port, &anon->lock);
+	mm->anon = anon;
+	mm->family_next = anon->mms;
+	anon->mms = mm;
+	ctg_unlock(&ctg->port, &anon->lock);
+	return 0;
+}
+
+/* Nothing of the mm is mapped or in its batch. Waits for walks that are looking at it. */
+void ctg_anon_leave(struct ctg_mm *mm)
+{
+	struct ctg *ctg = mm->ctg;
+	struct ctg_anon *anon = mm->anon;
+	struct ctg_mm **link;
+
+	if (anon == NULL)
+		return;
+	ctg_lock(&ctg->port, &anon->lock);
+	for (link = &anon->mms; *link != mm; link = &(*link)->family_next)
+		CTG_ASSERT(*link != NULL);
+	*link = mm->family_next;
+	if (anon->mms == NULL) {
+		ctg_lock(&ctg->port, &ctg->anons_lock);
+		anon->in_use = false;
+		ctg_unlock(&ctg->port, &ctg->anons_lock);
+	}
+	ctg_unlock(&ctg->port, &anon->lock);
+	mm->anon = NULL;
+}
+
+void ctg_anons_destroy(struct ctg *ctg)
+{
+	const struct ctg_port *port = &ctg->port;
+
+	while (ctg->anons != NULL) {
+		struct ctg_anon *anon = ctg->anons;
+
+		CTG_ASSERT(!anon->in_use);
+		ctg->anons = anon->next;
+		port->meta_free(port->host, anon, sizeof(*anon));
+	}
+}
+
+/*
+ * The caller's reference keeps the frame from being freed, so an ANON frame's owner and index stay.
+ * The family lives as long as somebody maps one of its frames: an mm leaves only after its
+ * entries are gone and its batch is flushed. So if the frame is mapped, seen under the lock, the
+ * lock is the right family's, and stays so until it is let go. If it is not mapped, the structure
+ * may be another family's by now; then it is let go at once.
+ */
+struct ctg_anon *ctg_anon_lock(struct ctg *ctg, ctg_pfn_t pfn)
+{
+	struct ctg_frame *frame = ctg_frame_of(ctg, pfn);
+	struct ctg_anon *anon;
+	uint64_t word;
+
+	/* The mapper writes the owner, then ANON with release order. */
+	if (ctg_info_state(ctg_load32_acquire(&frame->info)) != CTG_FRAME_ANON)
+		return NULL;
+	anon = frame->anon;
+	ctg_lock(&ctg->port, &anon->lock);
+	word = ctg_load64_acquire(&frame->word);
+	if (!ctg_word_frozen(word) && ctg_word_map(word) != 0)
+		return anon;
+	ctg_unlock(&ctg->port, &anon->lock);
+	return NULL;
+}
+
+/*
+ * Only frames of order 0 and 9 are mapped. A mapped frame that is inside a larger one has no head's
+ * info of its own, and a head is never inside another: the frame's own info decides.
+ */
+ctg_pfn_t ctg_frame_head(struct ctg *ctg, ctg_pfn_t pfn)
+{
+	uint32_t info = ctg_load32_acquire(&ctg_frame_of(ctg, pfn)->info);
+	ctg_pfn_t head = pfn;
+
+	if (ctg_info_state(info) != CTG_FRAME_ANON)
+		head &= ~(CTG_PAGEBLOCK_FRAMES - 1);
+	CTG_ASSERT(ctg_info_state(ctg_load32_acquire(&ctg_frame_of(ctg, head)->info)) ==
+		   CTG_FRAME_ANON);
+	return head;
+}
