@@ -109,9 +109,11 @@ static void frame_map(struct ctg_mm *mm, ctg_pfn_t pfn)
 	uint64_t word = ctg_add64_acq_rel(&frame->word, CTG_WORD_MAP1 - CTG_WORD_REF1);
 
 	CTG_ASSERT(!ctg_word_frozen(word) && ctg_word_ref(word) != 0 && ctg_word_map(word) == 0);
-	/* Somebody sleeps until a reference leaves. Dropping one more wakes him. */
-	if ((word & CTG_WORD_WAITERS) != 0 && ctg_frame_tryget(frame) == 0)
-		ctg_frame_put(mm->ctg, pfn, CTG_WORD_REF1, 1);
+	/* Somebody sleeps until a reference leaves: one has. */
+	if ((word & CTG_WORD_WAITERS) != 0) {
+		ctg_and64_acq_rel(&frame->word, ~CTG_WORD_WAITERS);
+		ctg_frame_wake(mm->ctg, pfn);
+	}
 }
 
 /*
@@ -348,13 +350,14 @@ static int fault_once(struct ctg_mm *mm, ctg_vpn_t vpn, bool write, uint32_t *mo
 
 int ctg_handle_fault(struct ctg_mm *mm, ctg_vpn_t vpn, bool write)
 {
-	const struct ctg_port *port = &mm->ctg->port;
+	const struct ctg_port *port;
 	bool waited = false;
 	uint32_t moved;
 	int ret;
 
-	if (vpn >= CTG_MM_MAX_VPN)
+	if (mm == NULL || vpn >= CTG_MM_MAX_VPN)
 		return -CTG_EFAULT;
+	port = &mm->ctg->port;
 	ctg_count(&mm->ctg->counters.faults, 1);
 	while ((ret = fault_once(mm, vpn, write, &moved)) == -CTG_EAGAIN) {
 		if (!waited)

@@ -391,17 +391,6 @@ void ctg_mm_mark_accessed(struct ctg_mm *mm, ctg_vpn_t vpn, bool dirty)
 		ctg_pte_mark(mm, vpn, dirty);
 }
 
-/* The type of the pageblock, which other CPUs may be changing. */
-static bool frame_lent(struct ctg_zone *zone, ctg_pfn_t pfn)
-{
-	bool lent;
-
-	ctg_lock(&zone->ctg->port, &zone->lock);
-	lent = ctg_zone_block(zone, pfn)->migratetype == CTG_MIGRATE_CMA;
-	ctg_unlock(&zone->ctg->port, &zone->lock);
-	return lent;
-}
-
 void ctg_mm_stat(struct ctg_mm *mm, struct ctg_mm_stat *out)
 {
 	ctg_pfn_t block = CTG_PFN_NONE;
@@ -409,6 +398,8 @@ void ctg_mm_stat(struct ctg_mm *mm, struct ctg_mm_stat *out)
 	ctg_vpn_t vpn, next;
 	unsigned level;
 
+	if (mm == NULL || out == NULL)
+		return;
 	*out = (struct ctg_mm_stat){.nr_tables = ctg_load64_relaxed(&mm->nr_tables)};
 	/* Tables do not go away meanwhile, so the walk meets each page once. */
 	ctg_lock(&mm->ctg->port, &mm->lock);
@@ -423,7 +414,8 @@ void ctg_mm_stat(struct ctg_mm *mm, struct ctg_mm_stat *out)
 			struct ctg_zone *zone = ctg_zone_of(mm->ctg, pfn);
 
 			block = pfn >> CTG_PAGEBLOCK_ORDER;
-			lent = frame_lent(zone, pfn);
+			lent = ctg_hint_load(&ctg_zone_block(zone, pfn)->migratetype) ==
+			       CTG_MIGRATE_CMA;
 			spilled = (zone->flags & CTG_ZONE_SPILL) != 0;
 		}
 		out->nr_present += next - vpn;
