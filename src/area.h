@@ -17,7 +17,7 @@
  *   owned  given to a caller, who may release it. A subset of taken. The release clears it before
  *          it drops the first reference, so a second release of the same frames is refused.
  *   last   of owned: the last bit of an allocation, which a release may not cross. How many frames
- *          of that bit were asked for is in the index of its first frame (ctg_area_tail).
+ *          of that bit were asked for is in the index of its first frame.
  */
 struct ctg_area_range {
 	ctg_pfn_t base;
@@ -34,7 +34,7 @@ struct ctg_cma {
 	struct ctg_lock lock;
 	char name[CTG_CMA_NAME_MAX];
 	unsigned order_per_bit;
-	uint64_t nr; /* frames */
+	uint64_t nr;  /* frames */
 	size_t bytes; /* of this and the maps: one piece of memory */
 	struct {
 		struct ctg_word64 alloc_success, alloc_fail, frames_allocated, frames_released,
@@ -94,6 +94,11 @@ bool ctg_place_fits(struct ctg_cma *cma, const struct ctg_want *want);
  * CTG_PFN_NONE: there is none.
  */
 ctg_pfn_t ctg_place_window(struct ctg_cma *cma, struct ctg_search *search);
+
+/* ---- cma.c ----------------------------------------------------------------------------------- */
+
+/* Are any frames of the range allocated out of an area, or about to be? Takes areas' locks. */
+bool ctg_areas_overlap(struct ctg *ctg, ctg_pfn_t start, uint64_t nr);
 
 /* ---- contig.c -------------------------------------------------------------------------------- */
 

@@ -340,10 +340,11 @@ int ctg_migrate_range(struct ctg_zone *zone, ctg_pfn_t start, uint64_t nr, unsig
 /* contig.c */
 /*
  * The body of ctg_alloc_contig_range, for one window: *report's counts are added to. The caller
- * has checked the range. Not zeroed unless `zero`.
+ * has checked the range. Not zeroed unless `zero`. *isolated: pageblocks were isolated; when
+ * nothing of the attempt is left, the caller tells those who wait (ctg_isolation_ended).
  */
 int ctg_contig_take(struct ctg_zone *zone, ctg_pfn_t start, uint64_t nr, unsigned rounds, bool zero,
-	const struct ctg_alloc_request *request, struct ctg_alloc_report *report);
+	const struct ctg_alloc_request *request, struct ctg_alloc_report *report, bool *isolated);
 /* 0, or -EINTR / -ETIMEDOUT if the request was cancelled or is late. request may be NULL. */
 int ctg_request_check(struct ctg *ctg, const struct ctg_alloc_request *request);
 
