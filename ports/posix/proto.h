@@ -19,6 +19,7 @@
 #define PROTO_MAGIC 0x43544731u /* "CTG1" */
 #define PROTO_VERSION 1u
 #define PROTO_MAX_CONTROL 65536 /* bytes of one JSON message */
+#define PROTO_NAME_MAX 64       /* bytes of a region's name */
 #define PROTO_ENV_SOCKET "CONTIG_SOCKET" /* path of the socket, for the preload library */
 
 enum proto_role {
