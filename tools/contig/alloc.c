@@ -166,15 +166,41 @@ static json_t *make_request(const char *size, bool hold, bool fd, int *status)
 	return request;
 }
 
-/* Where the buffer lies in the file: the answer's extents; *bytes is their sum. */
-static const json_t *extents_of(uint64_t *bytes)
+/* The end of the last of `extents` grows if [offset, offset + bytes) continues it. */
+static bool continues(json_t *extents, uint64_t offset, uint64_t bytes)
 {
-	const json_t *extents = json_object_get(answer, "extents"), *extent;
-	size_t i;
+	json_t *last = json_array_get(extents, json_array_size(extents) - 1);
+	uint64_t before = cli_u64(last, "bytes");
+
+	if (!last || cli_u64(last, "offset") + before != offset)
+		return false;
+	json_object_set_new(last, "bytes", json_integer((json_int_t)(before + bytes)));
+	return true;
+}
+
+/* Where the buffer lies in the file, block after block, as few pieces as there can be. A new
+ * reference; *bytes is their sum. */
+static json_t *extents_of(uint64_t *bytes)
+{
+	const json_t *block, *extent;
+	json_t *all = json_array();
+	size_t i, k;
 
 	*bytes = 0;
-	json_array_foreach(extents, i, extent) *bytes += cli_u64(extent, "bytes");
-	return extents;
+	json_array_foreach(json_object_get(answer, "blocks"), i, block)
+	{
+		json_array_foreach(json_object_get(block, "extents"), k, extent)
+		{
+			uint64_t offset = cli_u64(extent, "offset"), n = cli_u64(extent, "bytes");
+
+			*bytes += n;
+			if (!continues(all, offset, n))
+				json_array_append_new(
+					all, json_pack("{s:I, s:I}", "offset", (json_int_t)offset,
+						     "bytes", (json_int_t)n));
+		}
+	}
+	return all;
 }
 
 static const char *contiguity(void)
@@ -236,9 +262,10 @@ static int hold(struct ctg_client *client)
 /* The line that goes with the descriptor. */
 static char *fd_line(void)
 {
-	json_t *line = json_pack("{s:O, s:O, s:O}", "lease", json_object_get(answer, "lease"),
-		"extents", json_object_get(answer, "extents"), "blocks",
-		json_object_get(answer, "blocks"));
+	uint64_t bytes;
+	json_t *extents = extents_of(&bytes);
+	json_t *line = json_pack("{s:O, s:I, s:o}", "lease", json_object_get(answer, "lease"),
+		"bytes", (json_int_t)bytes, "extents", extents);
 	char *text = line ? json_dumps(line, JSON_COMPACT) : NULL;
 	char *whole = NULL;
 
@@ -305,32 +332,47 @@ static int set_number(const char *name, uint64_t value)
 	return setenv(name, text, 1);
 }
 
+/* "OFFSET:BYTES,OFFSET:BYTES", to be freed; NULL: out of memory. */
+static char *extents_text(const json_t *extents, size_t *size)
+{
+	const json_t *extent;
+	char *list = NULL;
+	FILE *out = open_memstream(&list, size);
+	size_t i;
+
+	if (!out)
+		return NULL;
+	json_array_foreach(extents, i, extent) fprintf(out, "%s%llu:%llu", i ? "," : "",
+		(unsigned long long)cli_u64(extent, "offset"),
+		(unsigned long long)cli_u64(extent, "bytes"));
+	if (fclose(out) != 0) {
+		free(list);
+		list = NULL;
+	}
+	return list;
+}
+
 /* CONTIG_BUFFER_*: of the command's environment. 0 or an exit status. */
 static int set_environment(void)
 {
 	uint64_t bytes;
-	const json_t *extents = extents_of(&bytes), *extent;
-	char *list = NULL;
-	size_t size = 0, i;
-	FILE *out = open_memstream(&list, &size);
+	json_t *extents = extents_of(&bytes);
+	size_t size = 0, nr = json_array_size(extents);
+	char *list = extents_text(extents, &size);
+	uint64_t offset = cli_u64(json_array_get(extents, 0), "offset");
 	int rc;
 
-	if (!out)
+	json_decref(extents);
+	if (!list)
 		return cli_fail(EXIT_FAILED, "out of memory");
-	json_array_foreach(extents, i, extent) fprintf(out, "%s%llu:%llu", i ? "," : "",
-		(unsigned long long)cli_u64(extent, "offset"),
-		(unsigned long long)cli_u64(extent, "bytes"));
-	fclose(out);
 	if (size > MAX_ENV_STRING) {
 		free(list);
 		return cli_fail(EXIT_FAILED,
-			"%zu pieces are too many for an environment variable; use --fd",
-			json_array_size(extents));
+			"%zu pieces are too many for an environment variable; use --fd", nr);
 	}
 	rc = set_number("CONTIG_BUFFER_FD", (uint64_t)buffer_fd) |
-	     set_number("CONTIG_BUFFER_BYTES", bytes) |
-	     set_number("CONTIG_BUFFER_OFFSET", cli_u64(json_array_get(extents, 0), "offset"));
-	if (json_array_size(extents) == 1)
+	     set_number("CONTIG_BUFFER_BYTES", bytes) | set_number("CONTIG_BUFFER_OFFSET", offset);
+	if (nr == 1)
 		unsetenv("CONTIG_BUFFER_EXTENTS");
 	else
 		rc |= setenv("CONTIG_BUFFER_EXTENTS", list, 1);

@@ -74,15 +74,32 @@ class Side:
         return time.monotonic() - start
 
 
+def make_backings(options):
+    """Of each region. A file cannot be shared, so file:PATH makes PATH.redis and PATH.sqlite."""
+    options.files = []
+    if not options.backing.startswith("file:"):
+        return [options.backing] * 2
+    for name in ("redis", "sqlite"):
+        path = f"{options.backing[len('file:'):]}.{name}"
+        try:
+            with open(path, "xb") as file:
+                file.truncate(REGION)
+        except OSError as error:
+            raise Failed(f"--backing: cannot make '{path}': {error.strerror}") from None
+        options.files.append(path)
+    return [f"file:{path}" for path in options.files]
+
+
 def start_sides(options, directory):
+    kinds = make_backings(options)
     logs = [open(f"{directory}/{name}.log", "w+b") for name in ("redis", "sqlite")]
     names = [f"demo-{name}-{os.getpid()}" for name in ("redis", "sqlite")]
-    redis = Region(options.contig, names[0], REGION, options.backing, redis_command(directory),
+    redis = Region(options.contig, names[0], REGION, kinds[0], redis_command(directory),
                    logs[0], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     sides = [Side("redis", redis)]
     try:
         redis.wait_served()
-        sqlite = Region(options.contig, names[1], REGION, options.backing, ["sqlite3", ":memory:"],
+        sqlite = Region(options.contig, names[1], REGION, kinds[1], ["sqlite3", ":memory:"],
                         logs[1], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         sides.append(Side("sqlite", sqlite))
         sqlite.wait_served()
@@ -344,7 +361,8 @@ def parse_options():
     parser = argparse.ArgumentParser(prog="./run demo", description=__doc__.split("\n\n")[0])
     parser.add_argument("--contig", required=True, help=argparse.SUPPRESS)
     parser.add_argument("--backing", default="memfd", metavar="KIND",
-                        help="memfd (default), hugetlb (needs root) or file:PATH")
+                        help="memfd (default), hugetlb (needs root), or file:PATH (makes "
+                             "PATH.redis and PATH.sqlite, and removes them)")
     parser.add_argument("--seconds", type=float, metavar="N",
                         help="how long the load runs at least (default 30, with --quick 0)")
     parser.add_argument("--quick", action="store_true", help="no longer than is needed")
@@ -355,6 +373,12 @@ def parse_options():
         options.seconds = 0 if options.quick else 30
     if not 0 <= options.seconds <= 86400:
         parser.error("--seconds: between 0 and 86400")
+    for name in ("html", "json"):
+        if path := getattr(options, name):
+            try:  # now, not after the work
+                open(path, "a", encoding="utf-8").close()
+            except OSError as error:
+                parser.error(f"--{name}: cannot write '{path}': {error.strerror}")
     return options
 
 
@@ -374,6 +398,8 @@ def main():
         sys.exit(130)
     finally:
         shutil.rmtree(directory, ignore_errors=True)
+        for path in getattr(options, "files", []):
+            os.unlink(path)
     good, bad = verdict(facts)
     for title, answer in maps:
         say("\n" + page.text_map(title, answer))

@@ -142,13 +142,13 @@ class Buffer:
         self.bytes = sum(block["bytes"] for block in self.blocks)
         self.pieces = []  # (view of the mapping, where it lies in it, bytes), in order
         self.maps = []
+        self.seed = 0
         for start, end in self.spans(line["extents"]):
             self.maps.append((start, mmap.mmap(fd, end - start, offset=start)))
         os.close(fd)
+        views = [(start, memoryview(memory)) for start, memory in self.maps]
         for extent in line["extents"]:
-            start, memory = next((s, m) for s, m in reversed(self.maps)
-                                 if s <= extent["offset"])
-            view = memoryview(memory)
+            start, view = next((s, v) for s, v in reversed(views) if s <= extent["offset"])
             at = extent["offset"] - start
             for done in range(0, extent["bytes"], TAG_BYTES):
                 size = min(TAG_BYTES, extent["bytes"] - done)
@@ -183,26 +183,26 @@ class Buffer:
         return all(view[at:at + size] == self.pattern(i, size)
                    for i, (view, at, size) in enumerate(self.pieces))
 
-    def physically_contiguous(self):
-        """Of one buffer in one mapping that has been written to: True, False; None: not to be known."""
-        if len(self.maps) != 1:
-            return False
-        start, memory = self.maps[0]
-        at = self.pieces[0][1]
-        address = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + at
+    def frames(self):
+        """Physical frame numbers in the buffer's order; None if the kernel does not tell."""
+        frames = []
         try:
             with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
-                pagemap.seek(address // PAGE * 8)
-                raw = pagemap.read(self.bytes // PAGE * 8)
+                for view, at, size in self.pieces:
+                    address = ctypes.addressof(ctypes.c_char.from_buffer(view)) + at
+                    pagemap.seek(address // PAGE * 8)
+                    entries = array.array("Q", pagemap.read(size // PAGE * 8))
+                    if len(entries) != size // PAGE or not all(e & PRESENT for e in entries):
+                        return None
+                    frames += [entry & PFN_MASK for entry in entries]
         except OSError:
             return None
-        entries = array.array("Q", raw)
-        frames = [entry & PFN_MASK for entry in entries]
-        if len(frames) != self.bytes // PAGE or not all(e & PRESENT for e in entries):
-            return None
-        if not any(frames):
-            return None  # the kernel shows frame numbers to root only
-        return all(frame == frames[0] + i for i, frame in enumerate(frames))
+        return frames if any(frames) else None  # only root sees other numbers than 0
+
+    def physically_contiguous(self):
+        """Of one buffer that has been written to: True, False; None: not to be known."""
+        frames = self.frames()
+        return frames and frames == list(range(frames[0], frames[0] + len(frames)))
 
     def release(self):
         for view in {id(v): v for v, _at, _size in self.pieces}.values():

@@ -4,6 +4,7 @@
 import html
 
 MIB = 1 << 20
+BLOCK_FRAMES = 512
 ROW = 64  # blocks of 2 MiB in a row: 128 MiB
 CELLS = [("free", ".", "free"), ("some", "-", "lent, less than half"), ("lent", "+", "lent"),
          ("taken", "#", "taken"), ("part", "%", "taken in part"), ("busy", "!", "being taken")]
@@ -24,10 +25,11 @@ border-bottom:1px solid var(--line)}td:first-child,th:first-child{text-align:lef
 
 def cells(answer):
     """What each 2 MiB block of the area is, from the answer of `contig map --json`."""
-    blocks = answer["blocks"]["area"]
-    result = []
-    for free, taken, in_use, isolated in zip(blocks["free"], blocks["taken"], blocks["in_use"],
-                                             blocks["isolated"]):
+    result, expected = [], None
+    for pfn, free, taken, in_use, isolated, _present in answer["blocks"]:
+        if expected not in (None, pfn):
+            result.append("hole")  # however long it is
+        expected = pfn + BLOCK_FRAMES
         whole = free + taken + in_use
         if whole == 0:
             result.append("hole")
