@@ -13,15 +13,16 @@
  *   batch->lock     the contents of one unmap batch; held across its tlb hook
  *   area->lock      an area's bitmap and its tree
  *   ctg->areas_lock the list of areas
- *   table->lock     the entries of one page-table node; two: the parent first. No hook is
- *                   called under it
+ *   table->lock     the entries of one page-table node; two: the parent first; or one of each
+ *                   address space of a family, under anon->lock, in the order of its list. No
+ *                   hook is called under it
  *   mm->spare_lock  the tables that are not in the tree; a leaf
  *   pcp->lock       one CPU's cached frames of one zone
  *   ctg->anons_lock the list of families
  *   zone->lock      free lists, pageblocks and their summaries. No hook is called under it but
  *                   trace
  *
- * Allocating memory for tables (meta_alloc) happens under mm->lock only.
+ * Allocating memory for tables (meta_alloc) happens under mm->lock or anon->lock only.
  */
 #ifndef CTG_LOCK_H
 #define CTG_LOCK_H

@@ -96,6 +96,14 @@ struct ctg_batch {
 	struct ctg_batch *next, **link; /* ctg->batches, under ctg->batches_lock */
 };
 
+/* An entry found and locked. */
+struct ctg_pte_ref {
+	struct ctg_table *table;
+	unsigned index;
+	unsigned level;
+	uint64_t entry; /* as it was when locked; never a TABLE */
+};
+
 struct ctg_mm {
 	struct ctg *ctg;
 	struct ctg_lock lock;
@@ -109,18 +117,13 @@ struct ctg_mm {
 	struct ctg_word64 nr_tables; /* in the tree */
 	struct ctg_word64 nr_present; /* pages */
 	struct ctg_word32 moved;    /* raised whenever a migration ends in this mm; waited on */
+	struct ctg_pte_ref slot;    /* anon->lock: the table that a migration has locked here */
+	struct ctg_table *pieces;   /* anon->lock: tables for large entries that it takes to pieces */
 	struct ctg_batch batch;
 };
 
 /* pgtable.c */
 
-/* An entry found and locked. */
-struct ctg_pte_ref {
-	struct ctg_table *table;
-	unsigned index;
-	unsigned level;
-	uint64_t entry; /* as it was when locked; never a TABLE */
-};
 /* Lock the table whose entry governs vpn: the lowest that exists. Always succeeds. */
 void ctg_pte_lock(struct ctg_mm *mm, ctg_vpn_t vpn, struct ctg_pte_ref *ref);
 void ctg_pte_unlock(struct ctg_mm *mm, struct ctg_pte_ref *ref);
