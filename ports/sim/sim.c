@@ -30,6 +30,19 @@ struct sim_hook {
 	uint64_t fail_at; /* 0: never */
 };
 
+/*
+ * A tlb_restrict for writing whose tlb_install has not come yet. Meanwhile the core switches
+ * entries to other frames: a write that is filled from the new entry while another CPU still reads
+ * through the old one would not be seen there. So no write is filled until the install has dropped
+ * both.
+ */
+struct sim_hold {
+	struct sim_hold *next;
+	struct ctg_mm *mm;
+	size_t nr;
+	struct ctg_vrange range[];
+};
+
 struct ctg_sim {
 	struct ctg *ctg;
 	struct ctg_sim_config config;
@@ -48,7 +61,9 @@ struct ctg_sim {
 	pthread_rwlock_t tlb_lock;
 	pthread_mutex_t tlb_fill[CTG_MAX_CPUS]; /* threads that claim to be the same CPU */
 	struct tlb_entry tlb[CTG_MAX_CPUS][TLB_ENTRIES];
-	int install_failed; /* the next install puts back: it may not fail */
+	struct sim_hold *holds;   /* under tlb_lock */
+	struct ctg_word32 let_go; /* raised when writers may go on */
+	int install_failed;       /* the next install puts back: it may not fail */
 };
 
 static _Thread_local unsigned current_cpu;
@@ -148,7 +163,8 @@ static int sim_wait(
 			struct timespec ts = {.tv_sec = (time_t)(deadline / 1000000000u),
 				.tv_nsec = (long)(deadline % 1000000000u)};
 
-			if (pthread_cond_clockwait(&sim->woken, &sim->lock, CLOCK_MONOTONIC, &ts) != 0)
+			if (pthread_cond_clockwait(&sim->woken, &sim->lock, CLOCK_MONOTONIC, &ts) !=
+				0)
 				ret = -CTG_ETIMEDOUT;
 		}
 	}
@@ -213,10 +229,10 @@ static void sim_discard(void *host, ctg_pfn_t pfn, uint64_t nr)
 	madvise(ctg_sim_frame(sim, pfn), nr << CTG_PAGE_SHIFT, MADV_DONTNEED);
 }
 
+/* tlb_lock is held exclusively. */
 static void tlb_drop(
 	struct ctg_sim *sim, struct ctg_mm *mm, const struct ctg_vrange *ranges, size_t nr)
 {
-	pthread_rwlock_wrlock(&sim->tlb_lock);
 	for (unsigned cpu = 0; cpu < sim->config.nr_cpus; cpu++)
 		for (unsigned i = 0; i < TLB_ENTRIES; i++) {
 			struct tlb_entry *entry = &sim->tlb[cpu][i];
@@ -225,17 +241,64 @@ static void tlb_drop(
 				if (entry->vpn - ranges[r].vpn < ranges[r].nr)
 					entry->mm = NULL;
 		}
-	pthread_rwlock_unlock(&sim->tlb_lock);
+}
+
+/* Is the page one that writers wait for? tlb_lock is held. */
+static bool page_held(const struct ctg_sim *sim, const struct ctg_mm *mm, ctg_vpn_t vpn)
+{
+	for (const struct sim_hold *hold = sim->holds; hold != NULL; hold = hold->next)
+		for (size_t r = 0; hold->mm == mm && r < hold->nr; r++)
+			if (vpn - hold->range[r].vpn < hold->range[r].nr)
+				return true;
+	return false;
+}
+
+/* Does an install of these ranges end the hold? Not if it is somebody else's, of pages that move.
+ */
+static bool hold_ends(const struct sim_hold *hold, const struct ctg_vrange *ranges, size_t nr)
+{
+	size_t at = 0;
+
+	for (size_t r = 0; r < hold->nr; r++) {
+		const struct ctg_vrange *held = &hold->range[r];
+		struct ctg_mapping m = {.nr = 1};
+
+		while (at < nr && ranges[at].vpn + ranges[at].nr <= held->vpn)
+			at++;
+		if (at == nr || held->vpn < ranges[at].vpn ||
+			held->vpn + held->nr > ranges[at].vpn + ranges[at].nr)
+			return false;
+		for (uint64_t done = 0; done < held->nr; done += m.nr)
+			if (ctg_mm_lookup(hold->mm, held->vpn + done, held->nr - done, &m) != 0 ||
+				m.moving)
+				return false;
+	}
+	return true;
 }
 
 static int sim_tlb_restrict(void *host, struct ctg_mm *mm, const struct ctg_vrange *ranges,
 	size_t nr, enum ctg_tlb_how how)
 {
 	struct ctg_sim *sim = host;
+	struct sim_hold *hold = NULL;
 
-	if (how == CTG_TLB_WRPROTECT && hook_fails(sim, CTG_SIM_RESTRICT))
-		return -CTG_EBUSY;
+	if (how == CTG_TLB_WRPROTECT) {
+		if (hook_fails(sim, CTG_SIM_RESTRICT))
+			return -CTG_EBUSY;
+		hold = malloc(sizeof(*hold) + nr * sizeof(*ranges));
+		if (hold == NULL)
+			return -CTG_ENOMEM;
+		hold->mm = mm;
+		hold->nr = nr;
+		memcpy(hold->range, ranges, nr * sizeof(*ranges));
+	}
+	pthread_rwlock_wrlock(&sim->tlb_lock);
+	if (hold != NULL) {
+		hold->next = sim->holds;
+		sim->holds = hold;
+	}
 	tlb_drop(sim, mm, ranges, nr);
+	pthread_rwlock_unlock(&sim->tlb_lock);
 	return 0;
 }
 
@@ -244,12 +307,27 @@ static int sim_tlb_install(
 {
 	struct ctg_sim *sim = host;
 	bool back = __atomic_exchange_n(&sim->install_failed, 0, __ATOMIC_ACQ_REL) != 0;
+	struct sim_hold **link = &sim->holds;
 
 	if (hook_fails(sim, CTG_SIM_INSTALL) && !back) {
 		__atomic_store_n(&sim->install_failed, 1, __ATOMIC_RELEASE);
 		return -CTG_ENOMEM;
 	}
+	pthread_rwlock_wrlock(&sim->tlb_lock);
 	tlb_drop(sim, mm, ranges, nr);
+	while (*link != NULL) {
+		struct sim_hold *hold = *link;
+
+		if (hold->mm == mm && hold_ends(hold, ranges, nr)) {
+			*link = hold->next;
+			free(hold);
+		} else {
+			link = &hold->next;
+		}
+	}
+	__atomic_fetch_add(&sim->let_go.v, 1, __ATOMIC_RELEASE);
+	pthread_rwlock_unlock(&sim->tlb_lock);
+	sim_wake(sim, &sim->let_go, UINT32_MAX);
 	return 0;
 }
 
@@ -314,6 +392,12 @@ void ctg_sim_destroy(struct ctg_sim *sim)
 		munmap(zone->memory, zone->nr << CTG_PAGE_SHIFT);
 		munmap(zone->metadata, ctg_zone_metadata_bytes(zone->nr));
 	}
+	while (sim->holds != NULL) {
+		struct sim_hold *hold = sim->holds;
+
+		sim->holds = hold->next;
+		free(hold);
+	}
 	pthread_mutex_destroy(&sim->lock);
 	pthread_cond_destroy(&sim->woken);
 	pthread_rwlock_destroy(&sim->tlb_lock);
@@ -353,8 +437,9 @@ int ctg_sim_add_zone(struct ctg_sim *sim, const struct ctg_zone_config *config, 
 	zone->memory = map_sparse(config->nr << CTG_PAGE_SHIFT);
 	zone->metadata = map_sparse(metadata_bytes);
 	filled.metadata = zone->metadata;
-	ret = zone->memory == NULL || zone->metadata == NULL ? -CTG_ENOMEM :
-							      ctg_zone_add(sim->ctg, &filled, &added);
+	ret = zone->memory == NULL || zone->metadata == NULL
+		      ? -CTG_ENOMEM
+		      : ctg_zone_add(sim->ctg, &filled, &added);
 	if (ret != 0) {
 		if (zone->memory != NULL)
 			munmap(zone->memory, config->nr << CTG_PAGE_SHIFT);
@@ -402,8 +487,8 @@ uint64_t ctg_sim_meta_bytes(struct ctg_sim *sim)
  * One access within a page. Returns 1 when done, 0 when the TLB has no entry that allows it:
  * the caller fills it and tries again.
  */
-static int tlb_access(struct ctg_sim *sim, struct ctg_mm *mm, uint64_t addr, void *in, const void *out,
-	size_t len)
+static int tlb_access(struct ctg_sim *sim, struct ctg_mm *mm, uint64_t addr, void *in,
+	const void *out, size_t len)
 {
 	unsigned cpu = sim_cpu(sim);
 	ctg_vpn_t vpn = addr >> CTG_PAGE_SHIFT;
@@ -422,8 +507,8 @@ static int tlb_access(struct ctg_sim *sim, struct ctg_mm *mm, uint64_t addr, voi
 		entry->mm = NULL;
 		if (ctg_mm_lookup(mm, vpn, 1, &m) == 0 && m.pfn != CTG_PFN_NONE &&
 			(m.prot & CTG_PROT_READ) != 0)
-			*entry = (struct tlb_entry){
-				mm, vpn, m.pfn, (m.prot & CTG_PROT_WRITE) != 0};
+			*entry = (struct tlb_entry){mm, vpn, m.pfn,
+				(m.prot & CTG_PROT_WRITE) != 0 && !page_held(sim, mm, vpn)};
 	}
 	if (entry->mm == mm && entry->vpn == vpn && (out == NULL || entry->write)) {
 		unsigned char *p = ctg_sim_frame(sim, entry->pfn);
@@ -441,8 +526,21 @@ static int tlb_access(struct ctg_sim *sim, struct ctg_mm *mm, uint64_t addr, voi
 	return done;
 }
 
-static int access_memory(
-	struct ctg_sim *sim, struct ctg_mm *mm, uint64_t addr, void *in, const void *out, size_t len)
+/* Sleep if writers to the page are held back: until the port has installed something. */
+static void wait_while_held(struct ctg_sim *sim, struct ctg_mm *mm, ctg_vpn_t vpn)
+{
+	uint32_t seen = __atomic_load_n(&sim->let_go.v, __ATOMIC_ACQUIRE);
+	bool held;
+
+	pthread_rwlock_rdlock(&sim->tlb_lock);
+	held = page_held(sim, mm, vpn);
+	pthread_rwlock_unlock(&sim->tlb_lock);
+	if (held)
+		sim_wait(sim, &sim->let_go, seen, CTG_NO_DEADLINE, false);
+}
+
+static int access_memory(struct ctg_sim *sim, struct ctg_mm *mm, uint64_t addr, void *in,
+	const void *out, size_t len)
 {
 	while (len != 0) {
 		size_t part = CTG_PAGE_SIZE - (addr & (CTG_PAGE_SIZE - 1));
@@ -454,6 +552,8 @@ static int access_memory(
 
 			if (ret != 0)
 				return ret;
+			if (out != NULL)
+				wait_while_held(sim, mm, addr >> CTG_PAGE_SHIFT);
 		}
 		addr += part;
 		len -= part;
@@ -470,7 +570,8 @@ int ctg_sim_read(struct ctg_sim *sim, struct ctg_mm *mm, uint64_t addr, void *bu
 	return access_memory(sim, mm, addr, buf, NULL, len);
 }
 
-int ctg_sim_write(struct ctg_sim *sim, struct ctg_mm *mm, uint64_t addr, const void *buf, size_t len)
+int ctg_sim_write(
+	struct ctg_sim *sim, struct ctg_mm *mm, uint64_t addr, const void *buf, size_t len)
 {
 	return access_memory(sim, mm, addr, NULL, buf, len);
 }
