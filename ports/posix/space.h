@@ -88,6 +88,8 @@ struct posix_space {
 					  memory of the process; the port leaves them alone */
 	uint64_t nr_maps;    /* estimate of mappings in use, never too low */
 	uint64_t stall_max_ns; /* longest time writers were kept out, since posix_space_stall_reset */
+	bool stopped;     /* POSIX_GUARD_STOP: its threads are stopped now */
+	unsigned guarded; /* POSIX_GUARD_STOP: posix_guard_protect without its release */
 	unsigned unsettled; /* tlb_install calls that failed and will be called again: may not fail */
 	struct posix_range *spare; /* so that a range can be split without memory */
 	/* Under lock. Whoever sets it broadcasts settled: posix_space_set_dead. Mapping operations are
@@ -160,5 +162,7 @@ void posix_stopper_resume(struct posix_stopper *stopper, pid_t pid);
 int posix_uffd_open(bool *kernel_faults);
 int posix_uffd_protect(int uffd, uint64_t addr, uint64_t bytes);
 int posix_uffd_wake(int uffd, uint64_t addr, uint64_t bytes);
+/* Let writers in again without replacing the mapping. */
+void posix_uffd_unprotect(int uffd, uint64_t addr, uint64_t bytes);
 
 #endif
