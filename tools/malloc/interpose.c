@@ -9,6 +9,7 @@
  * working for what is mapped when it is called), and changes made by another process.
  */
 #define _GNU_SOURCE
+#undef _FILE_OFFSET_BITS /* it renames mmap, and here both names are wanted */
 #include "link.h"
 #include "window.h"
 #include <errno.h>
