@@ -298,7 +298,7 @@ void ctg_pte_set_table(struct ctg_mm *mm, struct ctg_pte_ref *ref, struct ctg_ta
 
 	ctg_lock(port, &table->lock);
 	CTG_ASSERT(!table->live && table->level + 1 == parent->level);
-	table->base = parent->base + (ref->index << (9 * parent->level));
+	table->base = parent->base + ((ctg_vpn_t)ref->index << (9 * parent->level));
 	table->live = true;
 	table->used = 0;
 	for (unsigned i = 0; i < CTG_TABLE_ENTRIES; i++)

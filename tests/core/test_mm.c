@@ -1,0 +1,1019 @@
+/* SPDX-License-Identifier: MIT */
+#include "space.h"
+
+static struct ctg_mm_stat stat_of(struct ctg_mm *mm)
+{
+	struct ctg_mm_stat stat;
+
+	ctg_mm_stat(mm, &stat);
+	return stat;
+}
+
+static struct ctg_counters counters_of(struct world *w)
+{
+	struct ctg_counters counters;
+
+	ctg_counters_read(w->ctg, &counters);
+	return counters;
+}
+
+static uint64_t entry_of(const struct ctg_mm *mm, ctg_vpn_t vpn)
+{
+	unsigned level;
+
+	return ctg_pte_read(mm, vpn, &level);
+}
+
+/* Set or clear bits of an entry, as migration would. */
+static void change_entry(struct ctg_mm *mm, ctg_vpn_t vpn, uint64_t set, uint64_t clear)
+{
+	struct ctg_pte_ref ref;
+
+	ctg_pte_lock(mm, vpn, &ref);
+	ctg_pte_set(&ref, (ref.entry | set) & ~clear);
+	ctg_pte_unlock(mm, &ref);
+}
+
+static void mapped(struct ctg_mm *mm, ctg_vpn_t vpn, uint64_t nr, unsigned prot)
+{
+	uint64_t present;
+
+	assert_int_equal(ctg_mmap(mm, vpn, nr, prot), 0);
+	assert_int_equal(ctg_mm_populate(mm, vpn, nr, &present), 0);
+	assert_int_equal(present, nr);
+}
+
+/* ---- spaces -----------------------------------------------------------------------------------
+ */
+
+static void test_create_refuses_bad_input(void **state)
+{
+	struct ctg_mm_config config = {.gfp = CTG_GFP_NO_CMA | CTG_GFP_SPILL};
+	struct ctg_mm *mm = NULL;
+	struct world w;
+
+	(void)state;
+	world_open(&w, 4);
+	assert_int_equal(ctg_mm_create(NULL, &config, &mm), -CTG_EINVAL);
+	assert_int_equal(ctg_mm_create(w.ctg, NULL, &mm), -CTG_EINVAL);
+	assert_int_equal(ctg_mm_create(w.ctg, &config, NULL), -CTG_EINVAL);
+	config.gfp = CTG_GFP_NO_CMA | CTG_GFP_NO_ORDINARY;
+	assert_int_equal(ctg_mm_create(w.ctg, &config, &mm), -CTG_EINVAL);
+	config.gfp = CTG_GFP_MOVABLE;
+	assert_int_equal(ctg_mm_create(w.ctg, &config, &mm), -CTG_EINVAL);
+	config.gfp = 1u << 20;
+	assert_int_equal(ctg_mm_create(w.ctg, &config, &mm), -CTG_EINVAL);
+	config.gfp = 0;
+	config.map_order = 1;
+	assert_int_equal(ctg_mm_create(w.ctg, &config, &mm), -CTG_EINVAL);
+	config.map_order = 18;
+	assert_int_equal(ctg_mm_create(w.ctg, &config, &mm), -CTG_EINVAL);
+	assert_null(mm);
+	ctg_mm_destroy(NULL, false);
+	ctg_mm_destroy(NULL, true);
+	world_close(&w);
+}
+
+static void test_create_without_memory(void **state)
+{
+	struct ctg_mm_config config = {.owner = NULL};
+	struct ctg_mm *mm = NULL, *first;
+	struct world w;
+	uint64_t nth, bytes;
+
+	(void)state;
+	world_open(&w, 4);
+	/* The only family that exists is in use, so that one more has to be made. */
+	first = space_new(&w, 0);
+	bytes = ctg_sim_meta_bytes(w.sim);
+	for (nth = 1;; nth++) {
+		int ret;
+
+		ctg_sim_fail(w.sim, CTG_SIM_META_ALLOC, nth);
+		ret = ctg_mm_create(w.ctg, &config, &mm);
+		if (ctg_sim_fail(w.sim, CTG_SIM_META_ALLOC, 0) < nth)
+			break;
+		assert_int_equal(ret, -CTG_ENOMEM);
+		assert_null(mm);
+		assert_int_equal(ctg_sim_meta_bytes(w.sim), bytes);
+	}
+	/* The space, its root, its family. */
+	assert_int_equal(nth, 4);
+	assert_non_null(mm);
+	assert_ptr_equal(ctg_mm_machine(mm), w.ctg);
+	assert_null(ctg_mm_owner(mm));
+	assert_ptr_equal(ctg_mm_owner(first), &w);
+	assert_ptr_not_equal(mm->anon, first->anon);
+	ctg_mm_destroy(first, false);
+	ctg_mm_destroy(mm, false);
+	w.meta_bytes += sizeof(struct ctg_anon);
+	world_close(&w);
+}
+
+static void test_families(void **state)
+{
+	struct ctg_mm *one, *two, *three;
+	struct ctg_anon *anon;
+	struct world w;
+	ctg_pfn_t pfn, other;
+
+	(void)state;
+	world_open(&w, 4);
+	one = space_new(&w, 0);
+	anon = one->anon;
+	mapped(one, BASE, 2 * PAGES, RW);
+	pfn = lookup(one, BASE + PAGES, 1).pfn;
+	/* A frame leads to its family, large or small. */
+	assert_ptr_equal(ctg_anon_lock(w.ctg, pfn), anon);
+	assert_ptr_equal(anon->mms, one);
+	ctg_unlock(&w.port, &anon->lock);
+	assert_int_equal(ctg_frame_of(w.ctg, pfn)->index, BASE + PAGES);
+	/* Not the inside of one, nor memory that is not mapped. */
+	assert_null(ctg_anon_lock(w.ctg, pfn + 1));
+	assert_int_equal(ctg_alloc_frames(w.ctg, 0, CTG_GFP_MOVABLE, &other), 0);
+	assert_null(ctg_anon_lock(w.ctg, other));
+	assert_int_equal(ctg_free_frames(w.ctg, other), 0);
+	/* A reference outlives the mapping. Then there is no family. */
+	assert_int_equal(ctg_frame_tryget(ctg_frame_of(w.ctg, pfn)), 0);
+	assert_int_equal(ctg_munmap(one, BASE, 2 * PAGES), 0);
+	assert_null(ctg_anon_lock(w.ctg, pfn));
+	ctg_frame_put(w.ctg, pfn, CTG_WORD_REF1, 1);
+	/* A relative joins; the family is free once both have left. */
+	two = space_new(&w, 0);
+	assert_ptr_not_equal(two->anon, anon);
+	ctg_anon_leave(two);
+	assert_int_equal(ctg_anon_join(two, one), 0);
+	assert_ptr_equal(two->anon, anon);
+	ctg_mm_destroy(one, false);
+	assert_true(anon->in_use);
+	assert_ptr_equal(anon->mms, two);
+	three = space_new(&w, 0);
+	assert_ptr_not_equal(three->anon, anon);
+	ctg_mm_destroy(two, false);
+	assert_false(anon->in_use);
+	ctg_mm_destroy(three, false);
+	w.meta_bytes += sizeof(struct ctg_anon);
+	world_close(&w);
+}
+
+/* ---- mmap, munmap -----------------------------------------------------------------------------
+ */
+
+static void test_ranges_are_checked(void **state)
+{
+	static const struct ctg_vrange bad[] = {{BASE, 0}, {CTG_MM_MAX_VPN, 1},
+		{CTG_MM_MAX_VPN - 1, 2}, {0, CTG_MM_MAX_VPN + 1}, {1, UINT64_MAX}, {UINT64_MAX, 2}};
+	static const struct ctg_vrange unaligned[] = {
+		{BASE + 1, PAGES}, {BASE, PAGES + 1}, {BASE, 1}};
+	struct ctg_mm *mm, *huge;
+	struct ctg_mapping m;
+	struct world w;
+
+	(void)state;
+	world_open(&w, 4);
+	mm = space_new(&w, 0);
+	huge = space_new(&w, CTG_PAGEBLOCK_ORDER);
+	w.meta_bytes += sizeof(struct ctg_anon);
+	for (unsigned i = 0; i < sizeof(bad) / sizeof(bad[0]) + 3; i++) {
+		bool fine = i >= sizeof(bad) / sizeof(bad[0]);
+		struct ctg_vrange r = fine ? unaligned[i - sizeof(bad) / sizeof(bad[0])] : bad[i];
+		struct ctg_mm *of = fine ? huge : mm;
+		uint64_t present = 77;
+
+		assert_int_equal(ctg_mmap(of, r.vpn, r.nr, RW), -CTG_EINVAL);
+		assert_int_equal(ctg_munmap(of, r.vpn, r.nr), -CTG_EINVAL);
+		assert_int_equal(ctg_madvise_dontneed(of, r.vpn, r.nr), -CTG_EINVAL);
+		assert_int_equal(ctg_mprotect(of, r.vpn, r.nr, RW), -CTG_EINVAL);
+		assert_int_equal(ctg_mm_populate(of, r.vpn, r.nr, &present), -CTG_EINVAL);
+		assert_int_equal(present, 0);
+	}
+	assert_int_equal(ctg_mmap(mm, BASE, 1, 4), -CTG_EINVAL);
+	assert_int_equal(ctg_mmap(NULL, BASE, 1, RW), -CTG_EINVAL);
+	assert_int_equal(ctg_munmap(NULL, BASE, 1), -CTG_EINVAL);
+	assert_int_equal(ctg_mprotect(NULL, BASE, 1, RW), -CTG_EINVAL);
+	assert_int_equal(ctg_mm_populate(NULL, BASE, 1, NULL), -CTG_EINVAL);
+	assert_int_equal(ctg_handle_fault(NULL, BASE, false), -CTG_EFAULT);
+	assert_int_equal(ctg_handle_fault(mm, CTG_MM_MAX_VPN, false), -CTG_EFAULT);
+	assert_int_equal(ctg_mm_lookup(mm, CTG_MM_MAX_VPN, 1, &m), -CTG_EINVAL);
+	assert_int_equal(ctg_mm_lookup(mm, BASE, 0, &m), -CTG_EINVAL);
+	assert_int_equal(ctg_mm_lookup(mm, BASE, 1, NULL), -CTG_EINVAL);
+	assert_int_equal(ctg_mm_lookup(NULL, BASE, 1, &m), -CTG_EINVAL);
+	assert_int_equal(lookup(mm, 0, CTG_MM_MAX_VPN).nr, CTG_MM_MAX_VPN);
+	assert_int_equal(stat_of(huge).nr_tables, 1);
+	ctg_mm_destroy(mm, false);
+	ctg_mm_destroy(huge, false);
+	world_close(&w);
+}
+
+static void test_mmap_refuses_what_is_mapped(void **state)
+{
+	struct ctg_mm *mm;
+	struct world w;
+
+	(void)state;
+	world_open(&w, 4);
+	mm = space_new(&w, 0);
+	assert_int_equal(ctg_mmap(mm, BASE + 10, 10, RW), 0);
+	assert_int_equal(ctg_mmap(mm, BASE + 19, 1, RW), -CTG_EEXIST);
+	assert_int_equal(ctg_mmap(mm, BASE, 11, RW), -CTG_EEXIST);
+	assert_int_equal(ctg_mmap(mm, 0, CTG_MM_MAX_VPN, RW), -CTG_EEXIST);
+	assert_int_equal(lookup(mm, BASE, 100).nr, 10);
+	assert_int_equal(lookup(mm, BASE + 10, 100).nr, 10);
+	assert_int_equal(ctg_mmap(mm, BASE + 20, 1, RW), 0);
+	assert_int_equal(ctg_mmap(mm, BASE, 10, RW), 0);
+	assert_int_equal(lookup(mm, BASE, 100).nr, 21);
+	/* The last page there is, and the first. */
+	assert_int_equal(ctg_mmap(mm, CTG_MM_MAX_VPN - 1, 1, RW), 0);
+	assert_int_equal(ctg_mmap(mm, 0, 1, RW), 0);
+	put_byte(&w, mm, CTG_MM_MAX_VPN - 1, 1);
+	put_byte(&w, mm, 0, 2);
+	assert_int_equal(get_byte(&w, mm, CTG_MM_MAX_VPN - 1), 1);
+	ctg_mm_destroy(mm, false);
+	world_close(&w);
+}
+
+static void test_munmap_part_of_a_large_frame(void **state)
+{
+	struct ctg_mm *mm;
+	struct world w;
+	ctg_pfn_t pfn;
+
+	(void)state;
+	world_open(&w, 4);
+	mm = space_new(&w, 0);
+	mapped(mm, BASE, PAGES, RW);
+	pfn = lookup(mm, BASE, 1).pfn;
+	assert_int_equal(lookup(mm, BASE, PAGES).nr, PAGES);
+	for (uint64_t i = 0; i < PAGES; i++)
+		put_byte(&w, mm, BASE + i, (unsigned char)(i * 7 + 1));
+	/* With holes before and after. */
+	assert_int_equal(ctg_munmap(mm, BASE - 5, 15), 0);
+	assert_int_equal(ctg_munmap(mm, BASE + 500, 100), 0);
+	assert_int_equal(word_of(&w, pfn), 490 * CTG_WORD_MAP1);
+	assert_int_equal(stat_of(mm).nr_present, 490);
+	for (uint64_t i = 10; i < 500; i++)
+		assert_int_equal(get_byte(&w, mm, BASE + i), (unsigned char)(i * 7 + 1));
+	assert_int_equal(
+		ctg_sim_read(w.sim, mm, (BASE + 9) << CTG_PAGE_SHIFT, &pfn, 1), -CTG_EFAULT);
+	assert_int_equal(
+		ctg_sim_read(w.sim, mm, (BASE + 500) << CTG_PAGE_SHIFT, &pfn, 1), -CTG_EFAULT);
+	/* The frame is whole until its last page goes. */
+	assert_int_equal(world_free(&w), w.nr_free - PAGES);
+	assert_int_equal(ctg_munmap(mm, BASE, 499), 0);
+	assert_int_equal(world_free(&w), w.nr_free - PAGES);
+	assert_int_equal(ctg_munmap(mm, BASE, PAGES), 0);
+	assert_int_equal(world_free(&w), w.nr_free);
+	ctg_mm_destroy(mm, false);
+	world_close(&w);
+}
+
+static void test_dontneed_reads_as_zero(void **state)
+{
+	struct ctg_mm *mm;
+	struct world w;
+
+	(void)state;
+	world_open(&w, 8);
+	mm = space_new(&w, 0);
+	mapped(mm, BASE, 2 * PAGES, RW);
+	for (uint64_t i = 0; i < 2 * PAGES; i++)
+		put_byte(&w, mm, BASE + i, 0xaa);
+	assert_int_equal(ctg_madvise_dontneed(mm, BASE + 100, PAGES), 0);
+	assert_true(lookup(mm, BASE + 100, PAGES).reserved);
+	for (uint64_t i = 0; i < 2 * PAGES; i++)
+		assert_int_equal(
+			get_byte(&w, mm, BASE + i), i >= 100 && i < 100 + PAGES ? 0 : 0xaa);
+	/* A slot that is given up as a whole gets a large frame again. */
+	assert_int_equal(ctg_madvise_dontneed(mm, BASE, PAGES), 0);
+	assert_int_equal(get_byte(&w, mm, BASE + 9), 0);
+	assert_int_equal(lookup(mm, BASE, PAGES).nr, PAGES);
+	assert_int_equal(word_of(&w, lookup(mm, BASE, 1).pfn), CTG_WORD_MAP1);
+	/* Holes stay holes. */
+	assert_int_equal(ctg_madvise_dontneed(mm, BASE - 10, 20), 0);
+	assert_int_equal(entry_of(mm, BASE - 1), 0);
+	ctg_mm_destroy(mm, false);
+	world_close(&w);
+}
+
+/* ---- populate ---------------------------------------------------------------------------------
+ */
+
+static void test_populate_prefers_large_frames(void **state)
+{
+	struct ctg_mm *mm;
+	struct world w;
+	uint64_t present;
+	unsigned level;
+
+	(void)state;
+	world_open(&w, 16);
+	mm = space_new(&w, 0);
+	assert_int_equal(ctg_mmap(mm, BASE + 500, 3 * PAGES, RW), 0);
+	assert_int_equal(ctg_mm_populate(mm, BASE + 500, 3 * PAGES, &present), 0);
+	assert_int_equal(present, 3 * PAGES);
+	ctg_pte_read(mm, BASE + 511, &level);
+	assert_int_equal(level, 0);
+	ctg_pte_read(mm, BASE + PAGES, &level);
+	assert_int_equal(level, 1);
+	ctg_pte_read(mm, BASE + 2 * PAGES, &level);
+	assert_int_equal(level, 1);
+	ctg_pte_read(mm, BASE + 3 * PAGES, &level);
+	assert_int_equal(level, 0);
+	/* Part of a slot is backed with small frames, and no more than what was asked for. */
+	assert_int_equal(ctg_mmap(mm, BASE + 8 * PAGES, PAGES, RW), 0);
+	assert_int_equal(ctg_mm_populate(mm, BASE + 8 * PAGES + 30, 40, &present), 0);
+	assert_int_equal(present, 40);
+	assert_int_equal(stat_of(mm).nr_present, 3 * PAGES + 40);
+	assert_int_equal(w.nr_free - world_free(&w), 3 * PAGES + 40);
+	/* Once more changes nothing. */
+	assert_int_equal(ctg_mm_populate(mm, BASE + 500, 3 * PAGES, &present), 0);
+	assert_int_equal(present, 3 * PAGES);
+	assert_int_equal(stat_of(mm).nr_present, 3 * PAGES + 40);
+	ctg_mm_destroy(mm, false);
+	world_close(&w);
+}
+
+static void test_populate_zeroes(void **state)
+{
+	struct ctg_mm *mm;
+	struct world w;
+
+	(void)state;
+	world_open(&w, 4);
+	mm = space_new(&w, 0);
+	for (unsigned round = 0; round < 2; round++) {
+		mapped(mm, BASE, 3 * PAGES + 7, RW);
+		for (uint64_t i = 0; i < 3 * PAGES + 7; i++) {
+			assert_int_equal(get_byte(&w, mm, BASE + i), 0);
+			put_byte(&w, mm, BASE + i, 0x55);
+		}
+		assert_int_equal(ctg_munmap(mm, BASE, 3 * PAGES + 7), 0);
+	}
+	ctg_mm_destroy(mm, false);
+	world_close(&w);
+}
+
+/* Take one frame out of every pageblock, so that no large frame is left. */
+static void fragment(struct world *w, ctg_pfn_t *taken, unsigned blocks)
+{
+	ctg_pfn_t pfn[16];
+
+	assert_true(blocks <= 16);
+	for (unsigned i = 0; i < blocks; i++)
+		assert_int_equal(
+			ctg_alloc_frames(w->ctg, CTG_PAGEBLOCK_ORDER, CTG_GFP_MOVABLE, &pfn[i]), 0);
+	for (unsigned i = 0; i < blocks; i++) {
+		ctg_split_used(w->ctg, pfn[i], CTG_PAGEBLOCK_ORDER);
+		for (uint64_t f = 0; f < PAGES; f++)
+			if (f != 256)
+				assert_int_equal(ctg_free_frames(w->ctg, pfn[i] + f), 0);
+		taken[i] = pfn[i] + 256;
+	}
+	ctg_drain_caches(w->ctg);
+}
+
+static void test_populate_falls_back_to_runs(void **state)
+{
+	struct ctg_mm *mm;
+	struct world w;
+	ctg_pfn_t taken[4];
+	uint64_t present, runs = 0;
+
+	(void)state;
+	world_open(&w, 4);
+	fragment(&w, taken, 4);
+	mm = space_new(&w, 0);
+	assert_int_equal(ctg_mmap(mm, BASE, 2 * PAGES, RW), 0);
+	assert_int_equal(ctg_mm_populate(mm, BASE, 2 * PAGES, &present), 0);
+	assert_int_equal(present, 2 * PAGES);
+	for (uint64_t i = 0; i < 2 * PAGES; runs++) {
+		struct ctg_mapping m = lookup(mm, BASE + i, 2 * PAGES);
+
+		assert_true(m.pfn != CTG_PFN_NONE);
+		for (uint64_t f = 0; f < m.nr; f++) {
+			assert_int_equal(word_of(&w, m.pfn + f), CTG_WORD_MAP1);
+			assert_int_equal(ctg_frame_of(w.ctg, m.pfn + f)->index, BASE + i + f);
+		}
+		i += m.nr;
+	}
+	/* Four free blocks of order 8 are whole: they are taken as such. */
+	assert_in_range(runs, 1, 4);
+	/* All the rest of memory, down to single frames; then none is left. */
+	assert_int_equal(ctg_mmap(mm, BASE + 2 * PAGES, 2 * PAGES, RW), 0);
+	assert_int_equal(ctg_mm_populate(mm, BASE + 2 * PAGES, 2 * PAGES, &present), -CTG_ENOMEM);
+	assert_int_equal(present, 2 * PAGES - 4);
+	assert_int_equal(world_free(&w), 0);
+	assert_int_equal(ctg_handle_fault(mm, BASE + 4 * PAGES - 1, true), -CTG_ENOMEM);
+	assert_true(lookup(mm, BASE + 4 * PAGES - 1, 1).reserved);
+	ctg_mm_destroy(mm, false);
+	for (unsigned i = 0; i < 4; i++)
+		assert_int_equal(ctg_free_frames(w.ctg, taken[i]), 0);
+	world_close(&w);
+}
+
+static void test_map_order_takes_large_frames_only(void **state)
+{
+	struct ctg_mm *mm;
+	struct world w;
+	ctg_pfn_t taken[4];
+	uint64_t present;
+
+	(void)state;
+	world_open(&w, 4);
+	fragment(&w, taken, 4);
+	mm = space_new(&w, CTG_PAGEBLOCK_ORDER);
+	assert_int_equal(ctg_mmap(mm, BASE, 4 * PAGES, RW), 0);
+	assert_int_equal(ctg_mm_populate(mm, BASE, 4 * PAGES, &present), -CTG_ENOMEM);
+	assert_int_equal(present, 0);
+	assert_int_equal(ctg_handle_fault(mm, BASE + 7, true), -CTG_ENOMEM);
+	assert_int_equal(ctg_free_frames(w.ctg, taken[2]), 0);
+	ctg_drain_caches(w.ctg);
+	assert_int_equal(ctg_handle_fault(mm, BASE + PAGES + 7, true), 0);
+	assert_int_equal(lookup(mm, BASE + PAGES, PAGES).nr, PAGES);
+	assert_int_equal(stat_of(mm).nr_present, PAGES);
+	assert_int_equal(ctg_mm_populate(mm, BASE, 4 * PAGES, &present), -CTG_ENOMEM);
+	assert_int_equal(present, PAGES);
+	assert_int_equal(ctg_mprotect(mm, BASE + PAGES, PAGES, CTG_PROT_READ), 0);
+	assert_int_equal(ctg_munmap(mm, BASE + PAGES, PAGES), 0);
+	ctg_mm_destroy(mm, false);
+	for (unsigned i = 0; i < 4; i++)
+		if (i != 2)
+			assert_int_equal(ctg_free_frames(w.ctg, taken[i]), 0);
+	world_close(&w);
+}
+
+static void test_populate_reports_holes(void **state)
+{
+	struct ctg_mm *mm;
+	struct world w;
+	uint64_t present;
+
+	(void)state;
+	world_open(&w, 4);
+	mm = space_new(&w, 0);
+	assert_int_equal(ctg_mmap(mm, BASE, 10, RW), 0);
+	assert_int_equal(ctg_mmap(mm, BASE + 20, 10, CTG_PROT_NONE), 0);
+	assert_int_equal(ctg_mm_populate(mm, BASE, 30, &present), -CTG_EFAULT);
+	assert_int_equal(present, 20);
+	assert_int_equal(ctg_mm_populate(mm, BASE + 10, 10, &present), -CTG_EFAULT);
+	assert_int_equal(present, 0);
+	assert_int_equal(ctg_mm_populate(mm, BASE, 10, NULL), 0);
+	ctg_mm_destroy(mm, false);
+	world_close(&w);
+}
+
+static void test_frames_come_from_where_the_space_says(void **state)
+{
+	struct ctg_zone_config config = {.base = 64 * PAGES, .nr = 4 * PAGES};
+	struct ctg_mm_config of = {.gfp = CTG_GFP_NO_CMA};
+	struct ctg_zone *lent, *spill;
+	struct ctg_mm *mm;
+	struct world w;
+
+	(void)state;
+	world_open(&w, 4);
+	assert_int_equal(ctg_sim_add_zone(w.sim, &config, true, &lent), 0);
+	assert_int_equal(ctg_zone_lend(lent, config.base, config.nr, CTG_MIGRATE_CMA, false), 0);
+	config = (struct ctg_zone_config){
+		.base = 128 * PAGES, .nr = 4 * PAGES, .flags = CTG_ZONE_SPILL};
+	assert_int_equal(ctg_sim_add_zone(w.sim, &config, true, &spill), 0);
+	assert_int_equal(ctg_zone_release(spill, config.base, config.nr, true), 0);
+	w.nr_free = world_free(&w);
+	w.meta_bytes = ctg_sim_meta_bytes(w.sim);
+
+	assert_int_equal(ctg_mm_create(w.ctg, &of, &mm), 0);
+	mapped(mm, BASE, PAGES + 1, RW);
+	assert_int_equal(stat_of(mm).nr_lent, 0);
+	ctg_mm_destroy(mm, false);
+	of.gfp = CTG_GFP_NO_ORDINARY;
+	assert_int_equal(ctg_mm_create(w.ctg, &of, &mm), 0);
+	mapped(mm, BASE, PAGES + 1, RW);
+	assert_int_equal(stat_of(mm).nr_lent, PAGES + 1);
+	assert_int_equal(stat_of(mm).nr_spilled, 0);
+	ctg_mm_destroy(mm, false);
+	/* Spill zones last, and only if allowed. */
+	of.gfp = 0;
+	assert_int_equal(ctg_mm_create(w.ctg, &of, &mm), 0);
+	assert_int_equal(ctg_mmap(mm, BASE, 9 * PAGES, RW), 0);
+	assert_int_equal(ctg_mm_populate(mm, BASE, 9 * PAGES, NULL), -CTG_ENOMEM);
+	assert_int_equal(stat_of(mm).nr_present, 8 * PAGES);
+	assert_int_equal(stat_of(mm).nr_spilled, 0);
+	ctg_mm_destroy(mm, false);
+	of.gfp = CTG_GFP_SPILL;
+	assert_int_equal(ctg_mm_create(w.ctg, &of, &mm), 0);
+	mapped(mm, BASE, 9 * PAGES, RW);
+	assert_int_equal(stat_of(mm).nr_lent, 4 * PAGES);
+	assert_int_equal(stat_of(mm).nr_spilled, PAGES);
+	ctg_mm_destroy(mm, false);
+	world_close(&w);
+}
+
+/* ---- faults -----------------------------------------------------------------------------------
+ */
+
+static void test_faults(void **state)
+{
+	struct ctg_mm *mm;
+	struct world w;
+	unsigned char byte = 1;
+	uint64_t faults;
+
+	(void)state;
+	world_open(&w, 8);
+	mm = space_new(&w, 0);
+	/* A whole slot gets a large frame, part of one a page. */
+	assert_int_equal(ctg_mmap(mm, BASE, PAGES + 20, RW), 0);
+	assert_int_equal(get_byte(&w, mm, BASE + 77), 0);
+	assert_int_equal(stat_of(mm).nr_present, PAGES);
+	put_byte(&w, mm, BASE + PAGES + 3, 9);
+	assert_int_equal(stat_of(mm).nr_present, PAGES + 1);
+	assert_int_equal(get_byte(&w, mm, BASE + PAGES + 3), 9);
+	assert_int_equal(get_byte(&w, mm, BASE + PAGES + 4), 0);
+	/* Rights. */
+	assert_int_equal(ctg_mmap(mm, BASE + 4 * PAGES, 1, CTG_PROT_READ), 0);
+	assert_int_equal(ctg_mmap(mm, BASE + 5 * PAGES, 1, CTG_PROT_NONE), 0);
+	assert_int_equal(ctg_mmap(mm, BASE + 6 * PAGES, 1, CTG_PROT_WRITE), 0);
+	faults = counters_of(&w).faults;
+	assert_int_equal(ctg_handle_fault(mm, BASE + 4 * PAGES, true), -CTG_EFAULT);
+	assert_int_equal(ctg_handle_fault(mm, BASE + 4 * PAGES, false), 0);
+	assert_int_equal(ctg_handle_fault(mm, BASE + 4 * PAGES, true), -CTG_EFAULT);
+	assert_int_equal(ctg_handle_fault(mm, BASE + 5 * PAGES, false), -CTG_EFAULT);
+	assert_int_equal(ctg_handle_fault(mm, BASE + 6 * PAGES, false), 0);
+	assert_int_equal(ctg_handle_fault(mm, BASE + 7 * PAGES, false), -CTG_EFAULT);
+	assert_int_equal(counters_of(&w).faults, faults + 6);
+	assert_int_equal(counters_of(&w).faults_waited, 0);
+	assert_int_equal(lookup(mm, BASE + 4 * PAGES, 1).prot, CTG_PROT_READ);
+	assert_int_equal(lookup(mm, BASE + 6 * PAGES, 1).prot, RW);
+	assert_true(lookup(mm, BASE + 5 * PAGES, 1).reserved);
+	/* Backed, but still not to be touched. */
+	assert_int_equal(ctg_mm_populate(mm, BASE + 5 * PAGES, 1, NULL), 0);
+	assert_int_equal(lookup(mm, BASE + 5 * PAGES, 1).prot, CTG_PROT_NONE);
+	assert_int_equal(ctg_sim_read(w.sim, mm, (BASE + 5 * PAGES) << CTG_PAGE_SHIFT, &byte, 1),
+		-CTG_EFAULT);
+	ctg_mm_destroy(mm, false);
+	world_close(&w);
+}
+
+static struct {
+	struct ctg_mm *mm;
+	ctg_vpn_t vpn;
+	int waits, ret;
+} moving;
+
+/* The migration ends while a writer waits for it; the first wake is for nothing. */
+static int wait_moves(
+	void *host, struct ctg_word32 *word, uint32_t expected, uint64_t deadline, bool killable)
+{
+	(void)host;
+	assert_ptr_equal(word, &moving.mm->moved);
+	assert_int_equal(expected, ctg_load32_acquire(word));
+	assert_true(deadline == CTG_NO_DEADLINE && killable);
+	/* The mm's lock is not held meanwhile. */
+	assert_int_equal(ctg_mmap(moving.mm, BASE + 99 * PAGES + (uint64_t)moving.waits, 1, RW), 0);
+	if (moving.ret == 0 && moving.waits++ == 1) {
+		change_entry(moving.mm, moving.vpn, 0, CTG_PTE_MOVING);
+		ctg_add32_acq_rel(&moving.mm->moved, 1);
+	}
+	return moving.ret;
+}
+
+static void test_writers_wait_for_a_migration(void **state)
+{
+	struct ctg_mm *mm;
+	struct world w;
+
+	(void)state;
+	world_open(&w, 4);
+	mm = space_new(&w, 0);
+	mapped(mm, BASE, 3, RW);
+	put_byte(&w, mm, BASE + 1, 5);
+	change_entry(mm, BASE + 1, CTG_PTE_MOVING, 0);
+	assert_int_equal(lookup(mm, BASE, 3).nr, 1);
+	assert_int_equal(lookup(mm, BASE + 1, 2).nr, 1);
+	assert_true(lookup(mm, BASE + 1, 1).moving);
+	assert_int_equal(lookup(mm, BASE + 1, 1).prot, CTG_PROT_READ);
+	/* Readers go on. */
+	moving.mm = mm;
+	moving.vpn = BASE + 1;
+	moving.waits = 0;
+	moving.ret = 0;
+	w.ctg->port.wait = wait_moves;
+	assert_int_equal(get_byte(&w, mm, BASE + 1), 5);
+	assert_int_equal(ctg_handle_fault(mm, BASE + 1, false), 0);
+	assert_int_equal(moving.waits, 0);
+	assert_int_equal(ctg_handle_fault(mm, BASE + 1, true), 0);
+	assert_int_equal(moving.waits, 2);
+	assert_int_equal(counters_of(&w).faults_waited, 1);
+	/* A writer that is to give up. */
+	change_entry(mm, BASE + 1, CTG_PTE_MOVING, 0);
+	moving.ret = -CTG_EINTR;
+	moving.waits = 5;
+	assert_int_equal(ctg_handle_fault(mm, BASE + 1, true), -CTG_EINTR);
+	/* Unmapped meanwhile: as any other page. */
+	assert_int_equal(ctg_munmap(mm, BASE + 1, 1), 0);
+	assert_int_equal(ctg_handle_fault(mm, BASE + 1, true), -CTG_EFAULT);
+	w.ctg->port.wait = w.port.wait;
+	ctg_mm_destroy(mm, false);
+	world_close(&w);
+}
+
+/*
+ * A stranger glances at a new frame and waits for the allocation's reference to leave: between the
+ * allocation, where the table is locked, and the mapping, which then has to wait for the lock.
+ */
+static struct {
+	struct world *w;
+	struct ctg_mm *mm;
+	struct ctg_pte_ref ref;
+	ctg_pfn_t pfn;
+	uint32_t wakes;
+} stranger;
+
+static int zero_and_lock(void *host, ctg_pfn_t pfn, uint64_t nr)
+{
+	stranger.pfn = pfn;
+	ctg_pte_lock(stranger.mm, BASE, &stranger.ref);
+	return stranger.w->port.zero(host, pfn, nr);
+}
+
+static void relax_and_unlock(void *host)
+{
+	(void)host;
+	ctg_or64_acq_rel(&ctg_frame_of(stranger.w->ctg, stranger.pfn)->word, CTG_WORD_WAITERS);
+	ctg_pte_unlock(stranger.mm, &stranger.ref);
+}
+
+static void count_wake(void *host, struct ctg_word32 *word, unsigned nr)
+{
+	(void)host;
+	(void)word;
+	(void)nr;
+	stranger.wakes++;
+}
+
+static void test_mapping_wakes_who_waits_for_the_reference(void **state)
+{
+	struct ctg_mm *mm;
+	struct world w;
+
+	(void)state;
+	world_open(&w, 4);
+	mm = space_new(&w, 0);
+	assert_int_equal(ctg_mmap(mm, BASE, 1, RW), 0);
+	memset(&stranger, 0, sizeof(stranger));
+	stranger.w = &w;
+	stranger.mm = mm;
+	w.ctg->port.zero = zero_and_lock;
+	w.ctg->port.relax = relax_and_unlock;
+	w.ctg->port.wake = count_wake;
+	assert_int_equal(ctg_mm_populate(mm, BASE, 1, NULL), 0);
+	w.ctg->port = w.port;
+	assert_int_equal(stranger.wakes, 1);
+	assert_int_equal(lookup(mm, BASE, 1).pfn, stranger.pfn);
+	assert_int_equal(word_of(&w, stranger.pfn), CTG_WORD_MAP1);
+	ctg_mm_destroy(mm, false);
+	world_close(&w);
+}
+
+/* ---- mprotect ---------------------------------------------------------------------------------
+ */
+
+static void test_mprotect(void **state)
+{
+	struct ctg_mm *mm;
+	struct world w;
+	unsigned char byte = 3;
+
+	(void)state;
+	world_open(&w, 8);
+	mm = space_new(&w, 0);
+	mapped(mm, BASE, 2 * PAGES, RW);
+	put_byte(&w, mm, BASE + 100, 7);
+	/* Narrower: at once, although the TLB had it writable. */
+	assert_int_equal(ctg_mprotect(mm, BASE + 100, PAGES, CTG_PROT_READ), 0);
+	assert_int_equal(
+		ctg_sim_write(w.sim, mm, (BASE + 100) << CTG_PAGE_SHIFT, &byte, 1), -CTG_EFAULT);
+	assert_int_equal(get_byte(&w, mm, BASE + 100), 7);
+	put_byte(&w, mm, BASE + 99, 8);
+	put_byte(&w, mm, BASE + 100 + PAGES, 8);
+	assert_int_equal(lookup(mm, BASE + 100, 2 * PAGES).prot, CTG_PROT_READ);
+	assert_int_equal(stat_of(mm).nr_present, 2 * PAGES);
+	/* Wider. */
+	assert_int_equal(ctg_mprotect(mm, BASE + 100, 1, CTG_PROT_WRITE), 0);
+	put_byte(&w, mm, BASE + 100, 9);
+	/* None. */
+	assert_int_equal(ctg_mprotect(mm, BASE, 2 * PAGES, CTG_PROT_NONE), 0);
+	assert_int_equal(
+		ctg_sim_read(w.sim, mm, (BASE + 100) << CTG_PAGE_SHIFT, &byte, 1), -CTG_EFAULT);
+	assert_int_equal(ctg_mprotect(mm, BASE, 2 * PAGES, RW), 0);
+	assert_int_equal(get_byte(&w, mm, BASE + 100), 9);
+	/* A hole: nothing changes. */
+	assert_int_equal(ctg_mprotect(mm, BASE + PAGES, PAGES + 1, CTG_PROT_NONE), -CTG_ENOMEM);
+	assert_int_equal(ctg_mprotect(mm, BASE - 1, 2, CTG_PROT_NONE), -CTG_ENOMEM);
+	put_byte(&w, mm, BASE, 1);
+	put_byte(&w, mm, BASE + 2 * PAGES - 1, 1);
+	assert_int_equal(ctg_mprotect(mm, BASE, 1, 8), -CTG_EINVAL);
+	/* What a migration is copying stays so. */
+	change_entry(mm, BASE, CTG_PTE_MOVING, 0);
+	assert_int_equal(ctg_mprotect(mm, BASE, 1, CTG_PROT_READ), 0);
+	assert_true(lookup(mm, BASE, 1).moving);
+	assert_int_equal(ctg_mprotect(mm, BASE, 1, RW), 0);
+	assert_true(lookup(mm, BASE, 1).moving);
+	change_entry(mm, BASE, 0, CTG_PTE_MOVING);
+	ctg_mm_destroy(mm, false);
+	world_close(&w);
+}
+
+/* Every page's rights, whether it has a frame or not, and what it holds. */
+static void snapshot(struct world *w, struct ctg_mm *mm, ctg_vpn_t vpn, uint64_t nr, uint64_t *out)
+{
+	for (uint64_t i = 0; i < nr; i++) {
+		unsigned level;
+		uint64_t entry = ctg_pte_read(mm, vpn + i, &level);
+
+		out[i] = entry & (CTG_PTE_PRESENT | CTG_PTE_RESERVED | CTG_PTE_RIGHTS);
+		if ((entry & CTG_PTE_PRESENT) != 0) {
+			const unsigned char *p = ctg_sim_frame(w->sim, lookup(mm, vpn + i, 1).pfn);
+
+			out[i] |= (uint64_t)p[0] << 32;
+		}
+	}
+}
+
+static void test_mprotect_fails_without_a_trace(void **state)
+{
+	static uint64_t before[3 * PAGES], after[3 * PAGES];
+	static const enum ctg_sim_hook hooks[] = {CTG_SIM_META_ALLOC, CTG_SIM_INSTALL};
+	struct ctg_mm *mm;
+	struct world w;
+
+	(void)state;
+	world_open(&w, 8);
+	for (unsigned h = 0; h < 2; h++) {
+		uint64_t nth;
+
+		for (nth = 1;; nth++) {
+			int ret;
+
+			mm = space_new(&w, 0);
+			mapped(mm, BASE, 3 * PAGES, CTG_PROT_WRITE);
+			for (uint64_t i = 0; i < 3 * PAGES; i += 50)
+				put_byte(&w, mm, BASE + i, (unsigned char)i);
+			assert_int_equal(ctg_mprotect(mm, BASE + 20, 9, CTG_PROT_READ), 0);
+			assert_int_equal(ctg_mprotect(mm, BASE + 40, 9, CTG_PROT_NONE), 0);
+			assert_int_equal(ctg_madvise_dontneed(mm, BASE + PAGES, 300), 0);
+			snapshot(&w, mm, BASE, 3 * PAGES, before);
+			ctg_sim_fail(w.sim, hooks[h], nth);
+			ret = ctg_mprotect(mm, BASE + 10, 2 * PAGES + 10, CTG_PROT_READ);
+			if (ctg_sim_fail(w.sim, hooks[h], 0) < nth) {
+				assert_int_equal(ret, 0);
+				ctg_mm_destroy(mm, false);
+				break;
+			}
+			assert_int_equal(ret, -CTG_ENOMEM);
+			snapshot(&w, mm, BASE, 3 * PAGES, after);
+			assert_memory_equal(before, after, sizeof(before));
+			/* And the port agrees. */
+			put_byte(&w, mm, BASE + 19, 1);
+			assert_int_equal(get_byte(&w, mm, BASE + 20), 0);
+			ctg_mm_destroy(mm, false);
+			world_check_clean(&w);
+		}
+		/* A split and the list of old rights can fail; and the installation. */
+		assert_int_equal(nth, h == 0 ? 3 : 2);
+	}
+	world_close(&w);
+}
+
+/* ---- failures, each in turn -------------------------------------------------------------------
+ */
+
+/* All that a space does, in an order that needs tables, frames and installations of every kind. */
+static int scenario(struct world *w, struct ctg_mm *mm)
+{
+	uint64_t present;
+	unsigned char byte = 0x3c;
+	int ret;
+
+	if ((ret = ctg_mmap(mm, BASE + 300, 4 * PAGES, RW)) != 0)
+		return ret;
+	if ((ret = ctg_mmap(mm, BASE + (1u << 27) - 2, 4, CTG_PROT_READ)) != 0)
+		return ret;
+	if ((ret = ctg_mm_populate(mm, BASE + 300, 3 * PAGES, &present)) != 0)
+		return ret;
+	if ((ret = ctg_sim_write(w->sim, mm, (BASE + PAGES + 9) << CTG_PAGE_SHIFT, &byte, 1)) != 0)
+		return ret;
+	if ((ret = ctg_mprotect(mm, BASE + 400, 2 * PAGES, CTG_PROT_READ)) != 0)
+		return ret;
+	if ((ret = ctg_mprotect(mm, BASE + 400, PAGES, RW)) != 0)
+		return ret;
+	if ((ret = ctg_madvise_dontneed(mm, BASE + PAGES + 50, PAGES)) != 0)
+		return ret;
+	if ((ret = ctg_sim_read(w->sim, mm, (BASE + PAGES + 60) << CTG_PAGE_SHIFT, &byte, 1)) != 0)
+		return ret;
+	if ((ret = ctg_munmap(mm, BASE + 2 * PAGES + 100, 50)) != 0)
+		return ret;
+	if ((ret = ctg_mm_populate(mm, BASE + 300, PAGES, &present)) != 0)
+		return ret;
+	return ctg_munmap(mm, BASE, 8 * PAGES);
+}
+
+static void test_every_failure_in_turn(void **state)
+{
+	static const enum ctg_sim_hook hooks[] = {
+		CTG_SIM_META_ALLOC, CTG_SIM_ZERO, CTG_SIM_INSTALL};
+	struct world w;
+
+	(void)state;
+	world_open(&w, 8);
+	for (unsigned h = 0; h < 3; h++) {
+		for (uint64_t nth = 1;; nth++) {
+			struct ctg_mm *mm = space_new(&w, 0);
+			uint64_t calls;
+			int ret;
+
+			ctg_sim_fail(w.sim, hooks[h], nth);
+			ret = scenario(&w, mm);
+			calls = ctg_sim_fail(w.sim, hooks[h], 0);
+			/* A large frame that cannot be zeroed is made up for by small ones. */
+			assert_true(ret == 0 || (ret == -CTG_ENOMEM && calls >= nth));
+			/* The frame of a large page is whole until its last piece goes. */
+			assert_true(stat_of(mm).nr_present <= w.nr_free - world_free(&w));
+			ctg_mm_destroy(mm, false);
+			world_check_clean(&w);
+			if (calls < nth) {
+				assert_int_equal(ret, 0);
+				assert_true(nth > 4);
+				break;
+			}
+		}
+	}
+	world_close(&w);
+}
+
+static void test_munmap_fails_without_a_trace(void **state)
+{
+	static uint64_t before[3 * PAGES], after[3 * PAGES];
+	struct ctg_mm *mm;
+	struct world w;
+	uint64_t nth;
+
+	(void)state;
+	world_open(&w, 8);
+	for (nth = 1;; nth++) {
+		int ret;
+
+		mm = space_new(&w, 0);
+		mapped(mm, BASE, 3 * PAGES, RW);
+		for (uint64_t i = 0; i < 3 * PAGES; i++)
+			put_byte(&w, mm, BASE + i, (unsigned char)(i + 1));
+		snapshot(&w, mm, BASE, 3 * PAGES, before);
+		ctg_sim_fail(w.sim, CTG_SIM_META_ALLOC, nth);
+		ret = nth % 2 != 0 ? ctg_munmap(mm, BASE + 10, 2 * PAGES)
+				   : ctg_madvise_dontneed(mm, BASE + 10, 2 * PAGES);
+		if (ctg_sim_fail(w.sim, CTG_SIM_META_ALLOC, 0) < nth) {
+			assert_int_equal(ret, 0);
+			break;
+		}
+		assert_int_equal(ret, -CTG_ENOMEM);
+		snapshot(&w, mm, BASE, 3 * PAGES, after);
+		assert_memory_equal(before, after, sizeof(before));
+		assert_int_equal(world_free(&w), w.nr_free - 3 * PAGES);
+		ctg_mm_destroy(mm, false);
+		world_check_clean(&w);
+	}
+	/* One table for each edge. */
+	assert_int_equal(nth, 3);
+	ctg_mm_destroy(mm, false);
+	world_close(&w);
+}
+
+static struct {
+	struct world *w;
+	ctg_vpn_t written;
+	unsigned fail_in;
+} installing;
+
+/* Another CPU gets through to one page before the installation fails. */
+static int install_fails_late(
+	void *host, struct ctg_mm *mm, const struct ctg_vrange *ranges, size_t nr)
+{
+	if (installing.fail_in == 0 || --installing.fail_in != 0)
+		return installing.w->port.tlb_install(host, mm, ranges, nr);
+	if (installing.written - ranges[0].vpn < ranges[0].nr) {
+		ctg_sim_set_cpu(1);
+		put_byte(installing.w, mm, installing.written, 0x42);
+		ctg_sim_set_cpu(0);
+	}
+	return -CTG_ENOMEM;
+}
+
+static void test_failed_install_takes_the_run_back(void **state)
+{
+	struct ctg_mm *mm;
+	struct world w;
+	uint64_t present;
+
+	(void)state;
+	world_open(&w, 8);
+	installing.w = &w;
+	w.ctg->port.tlb_install = install_fails_late;
+	for (unsigned written = 0; written < 2; written++) {
+		mm = space_new(&w, 0);
+		/* The first run is of small frames, the second large: the second fails. */
+		assert_int_equal(ctg_mmap(mm, BASE + 500, 12 + PAGES, RW), 0);
+		assert_int_equal(ctg_mprotect(mm, BASE + PAGES, PAGES, CTG_PROT_WRITE), 0);
+		assert_int_equal(ctg_mprotect(mm, BASE + 500, 12, CTG_PROT_READ), 0);
+		installing.fail_in = 2;
+		installing.written = written != 0 ? BASE + PAGES + 33 : 0;
+		assert_int_equal(
+			ctg_mm_populate(mm, BASE + 500, 12 + PAGES, &present), -CTG_ENOMEM);
+		assert_int_equal(installing.fail_in, 0);
+		/* One entry: it stays as a whole if it has been written to. */
+		assert_int_equal(present, written != 0 ? 12 + PAGES : 12);
+		assert_int_equal(stat_of(mm).nr_present, present);
+		assert_int_equal(w.nr_free - world_free(&w), present);
+		assert_int_equal(get_byte(&w, mm, BASE + PAGES + 33), written != 0 ? 0x42 : 0);
+		put_byte(&w, mm, BASE + PAGES + 34, 1);
+		assert_int_equal(lookup(mm, BASE + 500, 12).prot, CTG_PROT_READ);
+		ctg_mm_destroy(mm, false);
+		world_check_clean(&w);
+
+		/* Small frames: page by page. */
+		mm = space_new(&w, 0);
+		assert_int_equal(ctg_mmap(mm, BASE, 64, RW), 0);
+		installing.fail_in = 1;
+		installing.written = written != 0 ? BASE + 33 : 0;
+		assert_int_equal(ctg_mm_populate(mm, BASE, 64, &present), -CTG_ENOMEM);
+		assert_int_equal(present, written);
+		assert_true(lookup(mm, BASE, 64).reserved);
+		assert_int_equal(lookup(mm, BASE, 64).nr, written != 0 ? 33 : 64);
+		assert_int_equal(get_byte(&w, mm, BASE + 33), written != 0 ? 0x42 : 0);
+		put_byte(&w, mm, BASE + 33, 1);
+		put_byte(&w, mm, BASE + 34, 1);
+		ctg_mm_destroy(mm, false);
+		world_check_clean(&w);
+	}
+	/* A fault reports it too. */
+	mm = space_new(&w, 0);
+	assert_int_equal(ctg_mmap(mm, BASE, PAGES, RW), 0);
+	installing.fail_in = 1;
+	installing.written = 0;
+	assert_int_equal(ctg_handle_fault(mm, BASE + 9, true), -CTG_ENOMEM);
+	assert_int_equal(lookup(mm, BASE, PAGES).nr, PAGES);
+	assert_true(lookup(mm, BASE, PAGES).reserved);
+	assert_int_equal(ctg_handle_fault(mm, BASE + 9, true), 0);
+	ctg_mm_destroy(mm, false);
+	w.ctg->port.tlb_install = w.port.tlb_install;
+	world_close(&w);
+}
+
+static void test_destroy_frees_everything(void **state)
+{
+	struct ctg_mm *mm;
+	struct world w;
+
+	(void)state;
+	world_open(&w, 16);
+	for (unsigned dead = 0; dead < 2; dead++) {
+		mm = space_new(&w, 0);
+		mapped(mm, BASE + 100, 6 * PAGES, RW);
+		mapped(mm, CTG_MM_MAX_VPN - 3 * PAGES - 7, 3 * PAGES + 7, CTG_PROT_READ);
+		assert_int_equal(ctg_mmap(mm, 0, ctg_level_pages(2), RW), 0);
+		assert_int_equal(ctg_mprotect(mm, BASE + 150, PAGES, CTG_PROT_READ), 0);
+		assert_int_equal(ctg_munmap(mm, BASE + 3 * PAGES + 5, 9), 0);
+		ctg_mm_destroy(mm, dead != 0);
+		world_check_clean(&w);
+	}
+	world_close(&w);
+}
+
+int main(void)
+{
+	const struct CMUnitTest tests[] = {
+		cmocka_unit_test(test_create_refuses_bad_input),
+		cmocka_unit_test(test_create_without_memory),
+		cmocka_unit_test(test_families),
+		cmocka_unit_test(test_ranges_are_checked),
+		cmocka_unit_test(test_mmap_refuses_what_is_mapped),
+		cmocka_unit_test(test_munmap_part_of_a_large_frame),
+		cmocka_unit_test(test_dontneed_reads_as_zero),
+		cmocka_unit_test(test_populate_prefers_large_frames),
+		cmocka_unit_test(test_populate_zeroes),
+		cmocka_unit_test(test_populate_falls_back_to_runs),
+		cmocka_unit_test(test_map_order_takes_large_frames_only),
+		cmocka_unit_test(test_populate_reports_holes),
+		cmocka_unit_test(test_frames_come_from_where_the_space_says),
+		cmocka_unit_test(test_faults),
+		cmocka_unit_test(test_writers_wait_for_a_migration),
+		cmocka_unit_test(test_mapping_wakes_who_waits_for_the_reference),
+		cmocka_unit_test(test_mprotect),
+		cmocka_unit_test(test_mprotect_fails_without_a_trace),
+		cmocka_unit_test(test_munmap_fails_without_a_trace),
+		cmocka_unit_test(test_every_failure_in_turn),
+		cmocka_unit_test(test_failed_install_takes_the_run_back),
+		cmocka_unit_test(test_destroy_frees_everything),
+	};
+
+	return cmocka_run_group_tests(tests, NULL, NULL);
+}
