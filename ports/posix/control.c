@@ -77,8 +77,20 @@ static int field_read(const struct field *f, const json_t *value, struct ctg_err
 	return -EINVAL;
 }
 
+/* What a request says, as one may show it to people. */
+static const char *plain(const char *text, char *out, size_t size)
+{
+	size_t i;
+
+	for (i = 0; i + 1 < size && text[i] != '\0'; i++)
+		out[i] = text[i] < ' ' || text[i] > '~' ? '?' : text[i];
+	out[i] = '\0';
+	return out;
+}
+
 static int fields_read(const json_t *object, const struct field *fields, struct ctg_error *error)
 {
+	char shown[41];
 	const char *key;
 	json_t *value;
 	void *i;
@@ -95,8 +107,9 @@ static int fields_read(const json_t *object, const struct field *fields, struct 
 		while (f->type != FIELD_END && strcmp(f->name, key) != 0)
 			f++;
 		if (f->type == FIELD_END) {
-			posix_error(error, -EINVAL, "unknown member \"%.40s\" in a request to %s",
-				key, json_string_value(json_object_get(object, "do")));
+			posix_error(error, -EINVAL, "unknown member \"%s\" in a request to %s",
+				plain(key, shown, sizeof(shown)),
+				json_string_value(json_object_get(object, "do")));
 			return -EINVAL;
 		}
 		if (field_read(f, value, error) != 0)
@@ -234,10 +247,8 @@ json_t *control_failure(const struct ctg_error *error, json_t *report)
 	const char *name = strerrorname_np(-error->code);
 	json_t *answer = json_pack("{s:b, s:i, s:s}", "ok", 0, "error", error->code, "name",
 		name != NULL ? name : "EUNKNOWN");
-	json_t *text = json_string(error->text);
 
-	/* A cut member name may end inside a character. */
-	json_object_set_new(answer, "text", text != NULL ? text : json_string("invalid request"));
+	json_object_set_new(answer, "text", json_string(error->text));
 	if (report != NULL)
 		json_object_set_new(answer, "report", report);
 	return answer;
