@@ -144,10 +144,17 @@ static inline void free_map(const struct ctg_zone *zone, bool *map)
 {
 	uint64_t step;
 
+	memset(map, 0, zone->nr * sizeof(*map));
 	for (uint64_t i = 0; i < zone->nr; i += step) {
-		uint32_t info = zone->frames[i].info.v;
 		const struct ctg_block *block = &zone->blocks[i / BLOCK];
-		bool is_free = ctg_info_state(info) == CTG_FRAME_FREE;
+		uint32_t info;
+		bool is_free;
+
+		step = BLOCK;
+		if (!block->released)
+			continue;
+		info = zone->frames[i].info.v;
+		is_free = ctg_info_state(info) == CTG_FRAME_FREE;
 
 		step = is_free ? (uint64_t)1 << ctg_info_order(info) : 1;
 		for (uint64_t k = 0; k < step; k++)
@@ -223,7 +230,7 @@ static inline void check_zone(struct ctg_zone *zone)
 		const struct ctg_block *block = &zone->blocks[b];
 		unsigned nr_free = 0, nr_contig = 0;
 
-		for (uint64_t i = b * BLOCK; i < (b + 1) * BLOCK; i++) {
+		for (uint64_t i = b * BLOCK; block->released && i < (b + 1) * BLOCK; i++) {
 			nr_free += frame_is_free(zone, zone->base + i);
 			nr_contig += ctg_info_state(zone->frames[i].info.v) == CTG_FRAME_CONTIG;
 		}
