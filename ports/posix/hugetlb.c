@@ -28,6 +28,12 @@
 
 #define POOL "/sys/kernel/mm/hugepages/hugepages-2048kB/"
 #define HUGETLB_BASE ((ctg_pfn_t)0x100000)
+#define GROW_MAX 8u
+#define GROW_NS UINT64_C(500000000)
+#define GROW_PAGE_NS UINT64_C(2000000)
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23
+#endif
 #ifndef MFD_HUGE_2MB
 #define MFD_HUGE_2MB (21U << 26)
 #endif
@@ -56,17 +62,21 @@ static uint64_t pool_surplus_left(void)
 	return limit - used;
 }
 
-/* Let `pages` more surplus pages be made. Returns by how much the limit was raised. */
+/*
+ * Let `pages` more surplus pages be made, on top of what others may have been promised: what a
+ * region has raised stays so until it is closed. Returns by how much the limit was raised.
+ */
 static uint64_t pool_raise(uint64_t pages)
 {
-	uint64_t left = pool_surplus_left();
-	uint64_t limit = posix_read_number(POOL "nr_overcommit_hugepages");
+	uint64_t used = posix_read_number(POOL "surplus_hugepages");
+	uint64_t limit = posix_read_number(POOL "nr_overcommit_hugepages"), want;
 
-	if (pages <= left || limit == UINT64_MAX)
+	if (limit == UINT64_MAX || used == UINT64_MAX)
 		return 0;
-	if (posix_write_number(POOL "nr_overcommit_hugepages", limit + pages - left) != 0)
+	want = (limit > used ? limit : used) + pages;
+	if (posix_write_number(POOL "nr_overcommit_hugepages", want) != 0)
 		return 0;
-	return pages - left;
+	return want - limit;
 }
 
 /* Others may have raised or lowered it since, so take back only what was added. */
@@ -124,6 +134,7 @@ struct huge_set {
 	uint32_t nr, max;
 	struct huge_run *run; /* longest first */
 	uint32_t nr_runs;
+	uint64_t extra; /* by so much the limit was raised for pages that are given back */
 };
 
 static int by_pfn(const void *a, const void *b)
@@ -178,47 +189,73 @@ static uint32_t set_runs_for(const struct huge_set *set, uint64_t want)
 	return 0;
 }
 
-/* Fault blocks [from, to) of the file in and learn where they are. */
-static int set_grow(struct posix_store *store, struct huge_set *set, uint32_t to)
-{
-	uint64_t bytes = (uint64_t)(to - set->nr) * POSIX_CHUNK;
-	off_t offset = (off_t)((uint64_t)set->nr * POSIX_CHUNK);
-	unsigned char *p;
-	uint64_t *pfn;
-	int ret = 0;
+struct grow_job {
+	int fd;
+	unsigned char *addr;
+	off_t offset;
+};
 
-	if (fallocate(store->fd, 0, offset, (off_t)bytes) != 0)
-		return -errno;
-	pfn = calloc(to - set->nr, sizeof(*pfn));
-	p = mmap(
-		NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, store->fd, offset);
-	if (p == MAP_FAILED || pfn == NULL) {
+/* Make one page. A fault could not say that there is no memory but by a signal. */
+static int grow_piece(void *arg, size_t piece)
+{
+	const struct grow_job *job = arg;
+	unsigned char *p = job->addr + piece * POSIX_CHUNK;
+
+	if (madvise(p, POSIX_CHUNK, MADV_POPULATE_WRITE) == 0)
+		return 0;
+	if (errno != EINVAL)
+		return -CTG_ENOMEM;
+	/* Before 5.14. */
+	if (fallocate(job->fd, 0, job->offset + (off_t)(piece * POSIX_CHUNK), (off_t)POSIX_CHUNK) !=
+		0)
+		return -CTG_ENOMEM;
+	(void)*(volatile unsigned char *)p;
+	return 0;
+}
+
+/* Fault blocks [set->nr, to) of the file in and learn where they are. Clearing them takes the time.
+ */
+static int set_grow(
+	struct ctg_region *region, struct posix_store *store, struct huge_set *set, uint32_t to)
+{
+	uint32_t nr = to - set->nr;
+	struct grow_job job = {.fd = store->fd, .offset = (off_t)(set->nr * POSIX_CHUNK)};
+	uint64_t *pfn = calloc(nr, sizeof(*pfn));
+	int ret;
+
+	job.addr = mmap(NULL, nr * POSIX_CHUNK, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE,
+		store->fd, job.offset);
+	if (job.addr == MAP_FAILED || pfn == NULL) {
 		ret = -CTG_ENOMEM;
 	} else {
-		for (uint64_t at = 0; at < bytes; at += POSIX_CHUNK)
-			(void)*(volatile unsigned char *)(p + at);
-		ret = posix_pagemap(p, to - set->nr, POSIX_CHUNK, pfn);
+		ret = posix_copier_run(region, grow_piece, &job, nr);
+		if (ret == 0)
+			ret = posix_pagemap(job.addr, nr, POSIX_CHUNK, pfn);
 	}
-	for (uint32_t i = set->nr; i < to && (ret == 0 || ret == -CTG_EPERM); i++)
-		set->page[i] = (struct huge_page){.pfn = pfn[i - set->nr], .block = i};
-	if (ret == 0 || ret == -CTG_EPERM)
+	if (ret == 0 || ret == -CTG_EPERM) {
+		for (uint32_t i = 0; i < nr; i++)
+			set->page[set->nr + i] =
+				(struct huge_page){.pfn = pfn[i], .block = set->nr + i};
 		set->nr = to;
-	if (p != MAP_FAILED)
-		munmap(p, bytes);
+	}
+	if (job.addr != MAP_FAILED)
+		munmap(job.addr, nr * POSIX_CHUNK);
 	free(pfn);
 	return ret;
 }
 
 /*
- * Take pages until the longest run holds the whole region, or twice the need has been looked at, or
- * memory or time runs short; what is beyond the first `want` is a bonus. -CTG_EPERM: the numbers
+ * Take pages until the longest run holds the whole region, or GROW_MAX times the need has been
+ * looked at, or memory or time runs short; what is beyond the first `want` is a bonus. The kernel
+ * hands out its smallest fragments first, so the long runs come late. -CTG_EPERM: the numbers
  * cannot be known, `want` pages are there.
  */
-static int set_collect(struct posix_store *store, struct huge_set *set, uint32_t want)
+static int set_collect(
+	struct ctg_region *region, struct posix_store *store, struct huge_set *set, uint32_t want)
 {
-	uint64_t end = posix_now(NULL) + 250000000u + (uint64_t)want * 1500000u;
+	uint64_t end = posix_now(NULL) + GROW_NS + want * GROW_PAGE_NS;
 	uint32_t step = want / 4 > 0 ? want / 4 : 1;
-	int ret = set_grow(store, set, want);
+	int ret = set_grow(region, store, set, want);
 
 	if (ret != 0)
 		return ret;
@@ -228,8 +265,8 @@ static int set_collect(struct posix_store *store, struct huge_set *set, uint32_t
 		/* Leave others at least as much again. */
 		if (posix_meminfo("MemAvailable") / 2 < step * POSIX_CHUNK && pool_free() < step)
 			break;
-		store->raised += pool_free() < step ? pool_raise(step - pool_free()) : 0;
-		if (set_grow(store, set, set->nr + step) != 0)
+		set->extra += pool_free() < step ? pool_raise(step - pool_free()) : 0;
+		if (set_grow(region, store, set, set->nr + step) != 0)
 			break;
 		set_find_runs(set);
 	}
@@ -361,10 +398,10 @@ static int hugetlb_reach(struct posix_store *store, uint32_t want, struct ctg_er
 	return 0;
 }
 
-static int hugetlb_layout(
-	struct posix_store *store, struct huge_set *set, uint32_t want, struct ctg_error *error)
+static int hugetlb_layout(struct ctg_region *region, struct posix_store *store,
+	struct huge_set *set, uint32_t want, struct ctg_error *error)
 {
-	int ret = set_collect(store, set, want);
+	int ret = set_collect(region, store, set, want);
 
 	if (ret == -CTG_EPERM) {
 		store->physical = -1;
@@ -380,10 +417,9 @@ static int hugetlb_layout(
 	}
 	if (set_runs_for(set, want) == 0) {
 		posix_error(error, -CTG_ENOMEM,
-			"hugetlb: memory is too fragmented: %u physical runs for %u pages, at most "
-			"%d can "
-			"be used; restart early after boot, or echo 1 > "
-			"/proc/sys/vm/compact_memory",
+			"hugetlb: memory is fragmented: %u physical runs for %u pages, at most %d "
+			"can be "
+			"used; as root: echo 1 > /proc/sys/vm/compact_memory, or start earlier",
 			set->nr_runs, want, CTG_CMA_MAX_RANGES);
 		return -CTG_ENOMEM;
 	}
@@ -396,9 +432,10 @@ static int hugetlb_layout(
 	return ret;
 }
 
-static int hugetlb_open(struct posix_store *store, uint32_t want, struct ctg_error *error)
+static int hugetlb_open(struct ctg_region *region, struct posix_store *store, uint32_t want,
+	struct ctg_error *error)
 {
-	struct huge_set set = {.max = want * 2};
+	struct huge_set set = {.max = want * GROW_MAX};
 	int ret = hugetlb_reach(store, want, error);
 
 	if (ret != 0)
@@ -417,14 +454,16 @@ static int hugetlb_open(struct posix_store *store, uint32_t want, struct ctg_err
 		ret = -CTG_ENOMEM;
 		posix_error(error, ret, "hugetlb: out of memory");
 	} else {
-		ret = hugetlb_layout(store, &set, want, error);
+		ret = hugetlb_layout(region, store, &set, want, error);
 	}
+	pool_lower(set.extra);
 	free(set.page);
 	free(set.run);
 	return ret;
 }
 
-int posix_hugetlb_open(struct posix_store *store, uint64_t bytes, struct ctg_error *error)
+int posix_hugetlb_open(struct ctg_region *region, struct posix_store *store, uint64_t bytes,
+	struct ctg_error *error)
 {
 	int ret;
 
@@ -433,17 +472,15 @@ int posix_hugetlb_open(struct posix_store *store, uint64_t bytes, struct ctg_err
 	store->map_order = CTG_PAGEBLOCK_ORDER;
 	store->physical = 1;
 	store->physical_why = "verified by /proc/self/pagemap";
-	if (bytes / POSIX_CHUNK > UINT32_MAX / 4) {
+	if (bytes / POSIX_CHUNK > UINT32_MAX / GROW_MAX) {
 		pool_error(error, -CTG_ENOMEM, UINT32_MAX);
 		return -CTG_ENOMEM;
 	}
-	ret = hugetlb_open(store, (uint32_t)(bytes / POSIX_CHUNK), error);
+	ret = hugetlb_open(region, store, (uint32_t)(bytes / POSIX_CHUNK), error);
 	if (ret != 0) {
 		posix_store_close(store);
 		return ret;
 	}
-	/* The pages are there: the limit no longer matters to them. */
-	posix_hugetlb_lower(store);
 	if (store->physical == 1)
 		store->physical = hugetlb_verify(store);
 	if (store->physical == 0)

@@ -41,6 +41,15 @@ int posix_store_map_linear(struct posix_store *store, ctg_pfn_t base, uint64_t b
 
 static const struct posix_store_ops memfd_ops = {.name = "memfd"};
 
+/* So that the first take-back does not fault page by page. Before 5.14 it will. */
+static int populate_piece(void *arg, size_t piece)
+{
+	struct posix_store *store = arg;
+
+	(void)madvise(store->direct + piece * POSIX_CHUNK, POSIX_CHUNK, MADV_POPULATE_WRITE);
+	return 0;
+}
+
 static int memfd_fill(struct posix_store *store, uint64_t bytes, struct ctg_error *error)
 {
 	uint64_t available = posix_meminfo("MemAvailable");
@@ -68,12 +77,11 @@ static int memfd_fill(struct posix_store *store, uint64_t bytes, struct ctg_erro
 			(unsigned long long)(bytes >> 20), strerror(-ret));
 		return ret;
 	}
-	/* So that the first take-back does not fault page by page. Before 5.14 it will. */
-	(void)madvise(store->direct, bytes, MADV_POPULATE_WRITE);
 	return 0;
 }
 
-int posix_memfd_open(struct posix_store *store, uint64_t bytes, struct ctg_error *error)
+int posix_memfd_open(struct ctg_region *region, struct posix_store *store, uint64_t bytes,
+	struct ctg_error *error)
 {
 	int ret;
 
@@ -82,6 +90,8 @@ int posix_memfd_open(struct posix_store *store, uint64_t bytes, struct ctg_error
 	store->physical = 0;
 	store->physical_why = "memfd pages lie anywhere; contiguous in the region's file";
 	ret = memfd_fill(store, bytes, error);
+	if (ret == 0)
+		ret = posix_copier_run(region, populate_piece, store, bytes / POSIX_CHUNK);
 	if (ret != 0)
 		posix_store_close(store);
 	return ret;

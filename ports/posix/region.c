@@ -157,13 +157,15 @@ void posix_store_close(struct posix_store *store)
 	*store = (struct posix_store){.fd = -1, .uffd = -1};
 }
 
-static int open_store(
-	struct posix_store *store, const char *backing, uint64_t bytes, struct ctg_error *error)
+static int open_area(
+	struct ctg_region *region, const char *backing, uint64_t bytes, struct ctg_error *error)
 {
+	struct posix_store *store = &region->store[POSIX_FILE_REGION];
+
 	if (backing == NULL || strcmp(backing, "memfd") == 0)
-		return posix_memfd_open(store, bytes, error);
+		return posix_memfd_open(region, store, bytes, error);
 	if (strcmp(backing, "hugetlb") == 0)
-		return posix_hugetlb_open(store, bytes, error);
+		return posix_hugetlb_open(region, store, bytes, error);
 	if (strncmp(backing, "file:", 5) == 0)
 		return posix_file_open(store, backing + 5, bytes, error);
 	posix_error(error, -CTG_EINVAL,
@@ -368,16 +370,19 @@ static int region_build(
 			return ret;
 		}
 	}
-	ret = open_store(&region->store[POSIX_FILE_REGION], config->backing, config->bytes, error);
+	ret = posix_meta_init(region);
+	if (ret == 0)
+		ret = posix_copier_start(region, region->config.copy_threads);
+	if (ret != 0) {
+		posix_error(error, ret, "region: out of memory");
+		return ret;
+	}
+	ret = open_area(region, config->backing, config->bytes, error);
 	if (ret == 0)
 		ret = open_spill(region, error);
 	if (ret != 0)
 		return ret;
-	ret = posix_meta_init(region);
-	if (ret == 0)
-		ret = posix_copier_start(region, region->config.copy_threads);
-	if (ret == 0)
-		ret = build_machine(region);
+	ret = build_machine(region);
 	if (ret != 0)
 		posix_error(error, ret, "region: cannot set up %" PRIu64 " MiB: %s",
 			config->bytes >> 20, strerror(-ret));

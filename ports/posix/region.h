@@ -131,10 +131,12 @@ uint64_t posix_read_number(const char *path);
 int posix_write_number(const char *path, uint64_t value);
 
 /* stores: fill *store (fd -1, zero otherwise) or undo everything and say why */
-int posix_memfd_open(struct posix_store *store, uint64_t bytes, struct ctg_error *error);
+int posix_memfd_open(struct ctg_region *region, struct posix_store *store, uint64_t bytes,
+	struct ctg_error *error);
 int posix_memfd_open_sparse(
 	struct posix_store *store, ctg_pfn_t base, uint64_t bytes, struct ctg_error *error);
-int posix_hugetlb_open(struct posix_store *store, uint64_t bytes, struct ctg_error *error);
+int posix_hugetlb_open(struct ctg_region *region, struct posix_store *store, uint64_t bytes,
+	struct ctg_error *error);
 /* -CTG_ENOMEM: such pages cannot be had on demand here. */
 int posix_hugetlb_open_sparse(struct posix_store *store, ctg_pfn_t base, uint64_t bytes);
 int posix_file_open(
