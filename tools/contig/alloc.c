@@ -166,43 +166,6 @@ static json_t *make_request(const char *size, bool hold, bool fd, int *status)
 	return request;
 }
 
-/* The end of the last of `extents` grows if [offset, offset + bytes) continues it. */
-static bool continues(json_t *extents, uint64_t offset, uint64_t bytes)
-{
-	json_t *last = json_array_get(extents, json_array_size(extents) - 1);
-	uint64_t before = cli_u64(last, "bytes");
-
-	if (!last || cli_u64(last, "offset") + before != offset)
-		return false;
-	json_object_set_new(last, "bytes", json_integer((json_int_t)(before + bytes)));
-	return true;
-}
-
-/* Where the buffer lies in the file, block after block, as few pieces as there can be. A new
- * reference; *bytes is their sum. */
-static json_t *extents_of(uint64_t *bytes)
-{
-	const json_t *block, *extent;
-	json_t *all = json_array();
-	size_t i, k;
-
-	*bytes = 0;
-	json_array_foreach(json_object_get(answer, "blocks"), i, block)
-	{
-		json_array_foreach(json_object_get(block, "extents"), k, extent)
-		{
-			uint64_t offset = cli_u64(extent, "offset"), n = cli_u64(extent, "bytes");
-
-			*bytes += n;
-			if (!continues(all, offset, n))
-				json_array_append_new(
-					all, json_pack("{s:I, s:I}", "offset", (json_int_t)offset,
-						     "bytes", (json_int_t)n));
-		}
-	}
-	return all;
-}
-
 static const char *contiguity(void)
 {
 	const json_t *physical = json_object_get(answer, "physically_contiguous");
@@ -214,16 +177,14 @@ static const char *contiguity(void)
 
 static void print_buffer(void)
 {
-	const json_t *blocks = json_object_get(answer, "blocks"), *block;
+	const json_t *blocks = json_object_get(answer, "blocks");
+	uint64_t bytes = cli_u64(answer, "bytes");
 	char size[CLI_SIZE_TEXT], took[CLI_SIZE_TEXT];
-	uint64_t bytes = 0;
-	size_t i;
 
 	if (options.json) {
 		cli_print_json(answer);
 		return;
 	}
-	json_array_foreach(blocks, i, block) bytes += cli_u64(block, "bytes");
 	printf("lease %" JSON_INTEGER_FORMAT ": ", (json_int_t)cli_u64(answer, "lease"));
 	if (json_array_size(blocks) == 1)
 		printf("%s at offset %" JSON_INTEGER_FORMAT ", %s", cli_size_text(bytes, size),
@@ -262,10 +223,9 @@ static int hold(struct ctg_client *client)
 /* The line that goes with the descriptor. */
 static char *fd_line(void)
 {
-	uint64_t bytes;
-	json_t *extents = extents_of(&bytes);
-	json_t *line = json_pack("{s:O, s:I, s:o}", "lease", json_object_get(answer, "lease"),
-		"bytes", (json_int_t)bytes, "extents", extents);
+	json_t *line = json_pack("{s:O, s:O, s:O}", "lease", json_object_get(answer, "lease"),
+		"bytes", json_object_get(answer, "bytes"), "extents",
+		json_object_get(answer, "extents"));
 	char *text = line ? json_dumps(line, JSON_COMPACT) : NULL;
 	char *whole = NULL;
 
@@ -355,14 +315,12 @@ static char *extents_text(const json_t *extents, size_t *size)
 /* CONTIG_BUFFER_*: of the command's environment. 0 or an exit status. */
 static int set_environment(void)
 {
-	uint64_t bytes;
-	json_t *extents = extents_of(&bytes);
+	const json_t *extents = json_object_get(answer, "extents");
 	size_t size = 0, nr = json_array_size(extents);
 	char *list = extents_text(extents, &size);
 	uint64_t offset = cli_u64(json_array_get(extents, 0), "offset");
 	int rc;
 
-	json_decref(extents);
 	if (!list)
 		return cli_fail(EXIT_FAILED, "out of memory");
 	if (size > MAX_ENV_STRING) {
@@ -371,7 +329,8 @@ static int set_environment(void)
 			"%zu pieces are too many for an environment variable; use --fd", nr);
 	}
 	rc = set_number("CONTIG_BUFFER_FD", (uint64_t)buffer_fd) |
-	     set_number("CONTIG_BUFFER_BYTES", bytes) | set_number("CONTIG_BUFFER_OFFSET", offset);
+	     set_number("CONTIG_BUFFER_BYTES", cli_u64(answer, "bytes")) |
+	     set_number("CONTIG_BUFFER_OFFSET", offset);
 	if (nr == 1)
 		unsetenv("CONTIG_BUFFER_EXTENTS");
 	else

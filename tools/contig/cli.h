@@ -140,7 +140,7 @@ struct picture {
 };
 extern const char picture_chars[NR_CELLS];
 extern const char *const picture_names[NR_CELLS];
-/* blocks: an answer's "blocks" or "spill_blocks". false: not such a thing. */
+/* blocks: an answer's "blocks.area" or "blocks.spill". false: not such a thing. */
 bool picture_read(const json_t *blocks, struct picture *picture);
 void picture_free(struct picture *picture);
 /* html.c */

@@ -77,9 +77,9 @@ static int draw(const json_t *answer)
 	struct picture area, spill;
 	int status;
 
-	if (!picture_read(cli_get(answer, "blocks"), &area))
+	if (!picture_read(cli_get(answer, "blocks.area"), &area))
 		return cli_fail(EXIT_FAILED, "the region's answer has no map");
-	if (!picture_read(cli_get(answer, "spill_blocks"), &spill))
+	if (!picture_read(cli_get(answer, "blocks.spill"), &spill))
 		spill.nr = 0;
 	if (options.html) {
 		status = write_page(answer, &area, &spill);

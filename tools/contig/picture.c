@@ -29,31 +29,28 @@ static enum picture_cell cell_of(uint64_t unused, uint64_t taken, uint64_t in_us
 	return in_use * 2 < all ? CELL_SOME : CELL_LENT;
 }
 
-/* An entry is [pfn, free, taken, in use, isolated, present]. */
-static unsigned char cell_at(const json_t *block)
-{
-	return (unsigned char)cell_of(at(block, 1), at(block, 2), at(block, 3), at(block, 4) != 0);
-}
-
 bool picture_read(const json_t *blocks, struct picture *picture)
 {
-	uint64_t next = 0;
-	const json_t *block;
-	size_t i;
+	const json_t *pfns = json_object_get(blocks, "pfn");
+	const json_t *unused = json_object_get(blocks, "free");
+	const json_t *taken = json_object_get(blocks, "taken");
+	const json_t *in_use = json_object_get(blocks, "in_use");
+	const json_t *isolated = json_object_get(blocks, "isolated");
+	size_t nr = json_array_size(pfns);
 
 	*picture = (struct picture){0};
-	if (!json_is_array(blocks))
+	if (!json_is_array(pfns) || json_array_size(unused) != nr || json_array_size(taken) != nr ||
+		json_array_size(in_use) != nr || json_array_size(isolated) != nr)
 		return false;
-	/* A hole, however long, is one cell. */
-	picture->cells = malloc(2 * json_array_size(blocks) + 1);
+	picture->cells = malloc(2 * nr + 1);
 	if (!picture->cells)
 		return false;
-	json_array_foreach(blocks, i, block)
-	{
-		if (i && at(block, 0) != next)
+	for (size_t i = 0; i < nr; i++) {
+		/* A hole, however long, is one cell. */
+		if (i && at(pfns, i) != at(pfns, i - 1) + CTG_PAGEBLOCK_FRAMES)
 			picture->cells[picture->nr++] = CELL_HOLE;
-		picture->cells[picture->nr++] = cell_at(block);
-		next = at(block, 0) + CTG_PAGEBLOCK_FRAMES;
+		picture->cells[picture->nr++] = (unsigned char)cell_of(
+			at(unused, i), at(taken, i), at(in_use, i), at(isolated, i) != 0);
 	}
 	return true;
 }

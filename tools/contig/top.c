@@ -142,7 +142,7 @@ static int watch(struct ctg_client *client, uint64_t interval_ns, struct ctg_err
 		rc = ctg_client_call(client, request, &answer, NULL, error);
 		if (rc)
 			break;
-		if (picture_read(cli_get(answer, "blocks"), &picture)) {
+		if (picture_read(cli_get(answer, "blocks.area"), &picture)) {
 			draw(answer, &picture);
 			picture_free(&picture);
 		}

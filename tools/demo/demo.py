@@ -160,7 +160,7 @@ def take(side, memcpy, what, seed, arguments):
         raise Failed(f"{side.name}: {buffer.bytes} bytes came, {BUFFER} were asked for")
     facts["zeroed"] = buffer.is_zero()
     buffer.write_pattern(seed)
-    say(f"  {side.name}: {len(buffer.blocks)} x {buffer.bytes // len(buffer.blocks) // 1024} KiB in "
+    say(f"  {side.name}: {page.block_text(facts)} in "
         f"{page.ms(facts['ns'])} ms, {facts['frames_moved']} frames moved, from an area "
         f"{lent:.1f} % lent")
     return buffer

@@ -26,7 +26,9 @@ border-bottom:1px solid var(--line)}td:first-child,th:first-child{text-align:lef
 def cells(answer):
     """What each 2 MiB block of the area is, from the answer of `contig map --json`."""
     result, expected = [], None
-    for pfn, free, taken, in_use, isolated, _present in answer["blocks"]:
+    blocks = answer["blocks"]["area"]
+    for pfn, free, taken, in_use, isolated in zip(blocks["pfn"], blocks["free"], blocks["taken"],
+                                                  blocks["in_use"], blocks["isolated"]):
         if expected not in (None, pfn):
             result.append("hole")  # however long it is
         expected = pfn + BLOCK_FRAMES
@@ -60,6 +62,12 @@ def ms(ns):
     return f"{ns / 1e6:.1f}" if ns < 1e8 else f"{ns / 1e6:.0f}"
 
 
+def block_text(facts):
+    size = facts["bytes"] // facts["blocks"]
+    unit = f"{size // MIB} MiB" if size >= MIB else f"{size // 1024} KiB"
+    return f"{facts['blocks']} x {unit}"
+
+
 HEADINGS = ["region", "taken", "moved", "time ms", "memcpy ms", "ratio", "stall ms"]
 
 
@@ -71,9 +79,7 @@ def table_rows(regions):
             t = region.get(what)
             if not t:
                 continue
-            size = t["bytes"] // t["blocks"]
-            unit = f"{size // MIB} MiB" if size >= MIB else f"{size // 1024} KiB"
-            rows.append([region["name"], f"{t['blocks']} x {unit}", f"{t['frames_moved']}",
+            rows.append([region["name"], block_text(t), f"{t['frames_moved']}",
                          ms(t["ns"]), ms(t["memcpy_ns"]), f"{t['ratio']:.2f}",
                          ms(t["stall_ns"])])
     return rows
