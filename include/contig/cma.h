@@ -24,8 +24,8 @@ struct ctg_cma_config {
 
 /* How hard to try when a frame in the way is held. */
 enum ctg_mode {
-	CTG_MODE_FAST,   /* no drains, no second look: the next window at once */
 	CTG_MODE_NORMAL, /* drain, look again a bounded number of times, then the next window */
+	CTG_MODE_FAST,   /* no drains, no second look: the next window at once */
 };
 
 enum ctg_alloc_flags {
