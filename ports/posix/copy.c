@@ -256,7 +256,7 @@ int posix_copy(void *host, const struct ctg_copy_run *runs, size_t nr)
 			grows += runs[i].nr;
 	}
 	/* A huge page is made in one piece. */
-	if (grows > 0 && spill->map_order != 0)
+	if (grows > 0 && (spill->map_order != 0 || spill->large))
 		job.piece_frames = POSIX_CHUNK_FRAMES;
 	if (grows > 0 && spill->ops->write != NULL)
 		ret = store_afford(spill, grows << CTG_PAGE_SHIFT);

@@ -62,10 +62,9 @@ static int memfd_fill(struct posix_store *store, uint64_t bytes, struct ctg_erro
 			(unsigned long long)(bytes >> 20), (unsigned long long)(available >> 20));
 		return -CTG_ENOMEM;
 	}
-	store->fd = memfd_create("contig-region", MFD_CLOEXEC);
-	if (store->fd < 0 || ftruncate(store->fd, (off_t)bytes) != 0 ||
-		fallocate(store->fd, 0, 0, (off_t)bytes) != 0) {
-		ret = -errno;
+	store->fd = posix_shmem_open("contig-region", bytes, &store->large);
+	if (store->fd < 0 || fallocate(store->fd, 0, 0, (off_t)bytes) != 0) {
+		ret = store->fd < 0 ? store->fd : -errno;
 		posix_error(error, ret, "memfd: cannot have %llu MiB: %s",
 			(unsigned long long)(bytes >> 20), strerror(-ret));
 		return ret;
@@ -152,10 +151,10 @@ int posix_memfd_open_sparse(
 	store->ops = &sparse_ops;
 	store->backing = "memfd";
 	store->physical_why = "memfd pages lie anywhere";
-	store->fd = memfd_create("contig-spill", MFD_CLOEXEC);
-	if (store->fd < 0 || ftruncate(store->fd, (off_t)bytes) != 0)
-		ret = -errno;
-	if (ret == 0)
+	store->fd = posix_shmem_open("contig-spill", bytes, &store->large);
+	if (store->fd < 0)
+		ret = store->fd;
+	else
 		ret = posix_store_map_linear(store, base, bytes);
 	if (ret != 0) {
 		posix_error(error, ret, "spill: cannot have %llu MiB of address space: %s",

@@ -45,6 +45,7 @@ struct posix_store_ops {
 struct posix_store {
 	const struct posix_store_ops *ops;
 	const char *backing; /* "memfd", "hugetlb", "file" */
+	bool large; /* memfd: in pages of 2 MiB where the kernel has them (shmem.c) */
 	int fd;
 	ctg_pfn_t base;
 	uint64_t nr;
@@ -145,6 +146,8 @@ int posix_file_open(
 void posix_store_close(struct posix_store *store);
 /* hugetlb.c: gives back what was raised. */
 void posix_hugetlb_lower(struct posix_store *store);
+/* shmem.c: a file of shared memory, sparse, in pages of 2 MiB if *large. A descriptor or negative errno. */
+int posix_shmem_open(const char *name, uint64_t bytes, bool *large);
 /* memfd.c: one range, file order; maps [0, bytes) of store->fd. 0 or negative errno. */
 int posix_store_map_linear(struct posix_store *store, ctg_pfn_t base, uint64_t bytes);
 /* hugetlb.c: physical frame numbers of nr pages of `page` bytes from addr on, by
