@@ -17,7 +17,7 @@
  *                   address space of a family, under anon->lock, in the order of its list. No
  *                   hook is called under it
  *   mm->spare_lock  the tables that are not in the tree; a leaf
- *   pcp->lock       one CPU's cached frames of one zone
+ *   pcp->lock       one CPU's cached frames of one zone; held across discard
  *   ctg->anons_lock the list of families
  *   zone->lock      free lists, pageblocks and their summaries. No hook is called under it but
  *                   trace

@@ -190,7 +190,7 @@ static void see_free(struct scan *scan, ctg_pfn_t from, ctg_pfn_t to)
 	if (to - scan->run > scan->best)
 		scan->best = to - scan->run;
 	at = (scan->run + scan->align - 1) & ~(scan->align - 1);
-	if (scan->found == CTG_PFN_NONE && at >= scan->run && at < to && to - at >= scan->want)
+	if (scan->found == CTG_PFN_NONE && at < to && to - at >= scan->want)
 		scan->found = at;
 }
 
@@ -218,14 +218,13 @@ static void scan_node(struct scan *scan, unsigned level, uint64_t i)
 	const struct ctg_run_node *node = clean(scan->zone, level, i);
 	ctg_pfn_t first = scan->zone->base + (i << level << CTG_PAGEBLOCK_ORDER);
 	uint64_t frames = node_frames(scan->zone, level, i);
-	uint64_t running = scan->past == first ? first - scan->run : 0;
 
 	if (node->best == frames) {
 		see_free(scan, first, first + frames);
 		return;
 	}
-	/* No run that ends in here is long enough: what goes on to the right matters, no more. */
-	if (node->best < scan->want && running + node->prefix < scan->want) {
+	/* No run inside is long enough; only what joins its neighbours on either side matters. */
+	if (node->best < scan->want) {
 		if (node->prefix != 0)
 			see_free(scan, first, first + node->prefix);
 		if (node->best > scan->best)

@@ -277,6 +277,29 @@ static void unmovable_requests_take_a_used_block_last(void **state)
 			put(f, pfn[i]);
 }
 
+static void unmovable_requests_take_the_most_promising_block(void **state)
+{
+	struct fixture *f = *state;
+	const ctg_pfn_t little = BASE + 2 * BLOCK, much = BASE + 5 * BLOCK;
+	const struct ctg_extent taken[] = {{BASE, 2 * BLOCK}, {little + 64, 3 * BLOCK - 64},
+		{much, BLOCK / 2}, {much + BLOCK, 2 * BLOCK}};
+	ctg_pfn_t pfn, busy;
+	bool zeroed;
+
+	for (unsigned i = 0; i < 4; i++)
+		assert_int_equal(ctg_buddy_take_range(
+					 f->zone, taken[i].pfn, taken[i].nr, NULL, &zeroed, &busy),
+			0);
+	pfn = get(f, 0, 0);
+	assert_int_equal(ctg_block_start(pfn), much);
+	assert_int_equal(type_of(f, much), CTG_MIGRATE_UNMOVABLE);
+	assert_int_equal(type_of(f, little), CTG_MIGRATE_MOVABLE);
+	put(f, pfn);
+	for (unsigned i = 0; i < 4; i++)
+		for (ctg_pfn_t p = taken[i].pfn; p < taken[i].pfn + taken[i].nr; p++)
+			ctg_frame_put(f->ctg, p, CTG_WORD_REF1, 1);
+}
+
 static void movable_requests_fall_back(void **state)
 {
 	struct fixture *f = *state;
@@ -427,6 +450,7 @@ static void zones_are_tried_in_order(void **state)
 	struct ctg_zone *zone[4];
 	ctg_pfn_t pfn[8], none;
 	unsigned order;
+	bool zeroed;
 
 	(void)state;
 	open_sim(&f);
@@ -455,6 +479,10 @@ static void zones_are_tried_in_order(void **state)
 	assert_int_equal(ctg_alloc_run(f.ctg, 12, 0, MOVABLE, &none, &order), 0);
 	assert_int_equal(order, 9);
 	put(&f, none);
+	/* Nor are the pieces that a range left of it given out. */
+	assert_int_equal(ctg_buddy_take_range(zone[2], 30 * BLOCK, 1, NULL, &zeroed, &none), 0);
+	assert_int_equal(ctg_alloc_run(f.ctg, 12, 0, MOVABLE, &none, &order), -CTG_ENOMEM);
+	ctg_frame_put(f.ctg, 30 * BLOCK, CTG_WORD_REF1, 1);
 	none = get(&f, 0, MOVABLE | CTG_GFP_SPILL);
 	assert_int_equal(ctg_block_start(none), 40 * BLOCK);
 	put(&f, none);
@@ -561,6 +589,7 @@ int main(void)
 		T(areas_serve_movable_requests_only),
 		T(unmovable_requests_gather),
 		T(unmovable_requests_take_a_used_block_last),
+		T(unmovable_requests_take_the_most_promising_block),
 		T(movable_requests_fall_back),
 		T(movable_requests_leave_a_used_block_as_it_is),
 		T(runs_are_the_largest_there_are),
