@@ -232,6 +232,9 @@ static int fill_some(
 	return fill_small(fill, vpn, (slot_end < end ? slot_end : end) - vpn, done);
 }
 
+/* Pages that populate backs before it lets others take mm->lock. */
+#define FILL_PAGES 4096
+
 /* ---- populate ---------------------------------------------------------------------------------
  */
 
@@ -252,9 +255,12 @@ static uint64_t present_pages(const struct ctg_mm *mm, ctg_vpn_t vpn, ctg_vpn_t 
 	return nr;
 }
 
+/* mm->lock is held, and let go now and then so that faults elsewhere do not wait for all of it. */
 static int fill_range(struct ctg_mm *mm, ctg_vpn_t vpn, ctg_vpn_t end)
 {
+	const struct ctg_port *port = &mm->ctg->port;
 	struct fill fill = {.mm = mm};
+	ctg_vpn_t pause = vpn + FILL_PAGES;
 	bool hole = false;
 	int ret = 0;
 
@@ -267,6 +273,13 @@ static int fill_range(struct ctg_mm *mm, ctg_vpn_t vpn, ctg_vpn_t end)
 			ret = fill_some(&fill, vpn, end, level, &done);
 		hole = hole || entry == 0;
 		vpn += done < end - vpn ? done : end - vpn;
+		if (vpn >= pause) {
+			/* Nothing is pending then: whatever others change, the next look sees. */
+			fill_install(&fill);
+			ctg_unlock(port, &mm->lock);
+			ctg_lock(port, &mm->lock);
+			pause = vpn + FILL_PAGES;
+		}
 	}
 	fill_install(&fill);
 	if (fill.error != 0)

@@ -121,8 +121,6 @@ void ctg_pt_destroy(struct ctg_mm *mm)
 {
 	struct ctg_table *table;
 
-	if (mm->root == NULL)
-		return;
 	ctg_pte_prune(mm, 0, CTG_MM_MAX_VPN);
 	CTG_ASSERT(mm->root->used == 0);
 	while ((table = spare_pop(mm)) != NULL)
@@ -272,6 +270,7 @@ void ctg_pte_walk_stop(struct ctg_pte_walk *walk)
 
 void ctg_pte_set(struct ctg_pte_ref *ref, uint64_t entry)
 {
+	const uint64_t marks = CTG_PTE_YOUNG | CTG_PTE_DIRTY;
 	struct ctg_word64 *word = &ref->table->entry[ref->index];
 	uint64_t old = ctg_load64_relaxed(word);
 	uint64_t new;
@@ -281,7 +280,7 @@ void ctg_pte_set(struct ctg_pte_ref *ref, uint64_t entry)
 	do {
 		new = entry;
 		if ((entry & old & CTG_PTE_PRESENT) != 0)
-			new |= old & ~ref->entry &(CTG_PTE_YOUNG | CTG_PTE_DIRTY);
+			new |= marks &old & ~ref->entry;
 	} while (!ctg_cas64_acq_rel(word, &old, new));
 	if (old == 0 && new != 0)
 		ref->table->used++;
@@ -417,7 +416,7 @@ static bool table_uniform(const struct ctg_table *table, uint64_t *entry)
 	return true;
 }
 
-/* The table that covers vpn at this level; NULL if an entry above it does. mm->lock held. */
+/* The table that covers vpn at this level, where there is one. mm->lock held: it stays. */
 static struct ctg_table *table_at(struct ctg_mm *mm, ctg_vpn_t vpn, unsigned level)
 {
 	struct ctg_table *table = mm->root;
@@ -425,8 +424,7 @@ static struct ctg_table *table_at(struct ctg_mm *mm, ctg_vpn_t vpn, unsigned lev
 	for (unsigned at = ROOT_LEVEL; at > level; at--) {
 		uint64_t entry = ctg_load64_acquire(&table->entry[entry_index(vpn, at)]);
 
-		if ((entry & CTG_PTE_TABLE) == 0)
-			return NULL;
+		CTG_ASSERT((entry & CTG_PTE_TABLE) != 0);
 		table = entry_table(entry);
 	}
 	return table;
@@ -444,7 +442,6 @@ static bool prune_table(struct ctg_mm *mm, ctg_vpn_t vpn, unsigned level)
 	uint64_t entry;
 	bool uniform;
 
-	CTG_ASSERT(parent != NULL && table != NULL);
 	ctg_lock(port, &parent->lock);
 	ctg_lock(port, &table->lock);
 	uniform = table_uniform(table, &entry);

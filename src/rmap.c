@@ -58,8 +58,6 @@ void ctg_anon_leave(struct ctg_mm *mm)
 	struct ctg_anon *anon = mm->anon;
 	struct ctg_mm **link;
 
-	if (anon == NULL)
-		return;
 	ctg_lock(&ctg->port, &anon->lock);
 	for (link = &anon->mms; *link != mm; link = &(*link)->family_next)
 		CTG_ASSERT(*link != NULL);

@@ -377,7 +377,7 @@ static void test_populate_falls_back_to_runs(void **state)
 	struct ctg_mm *mm;
 	struct world w;
 	ctg_pfn_t taken[4];
-	uint64_t present, runs = 0;
+	uint64_t present, tables, runs = 0;
 
 	(void)state;
 	world_open(&w, 4);
@@ -405,6 +405,13 @@ static void test_populate_falls_back_to_runs(void **state)
 	assert_int_equal(world_free(&w), 0);
 	assert_int_equal(ctg_handle_fault(mm, BASE + 4 * PAGES - 1, true), -CTG_ENOMEM);
 	assert_true(lookup(mm, BASE + 4 * PAGES - 1, 1).reserved);
+	/* Tables for frames that did not come are taken back, and the slot stays one entry. */
+	assert_int_equal(ctg_mmap(mm, BASE + 8 * PAGES, 2 * PAGES, RW), 0);
+	tables = stat_of(mm).nr_tables;
+	assert_int_equal(ctg_mm_populate(mm, BASE + 8 * PAGES, PAGES + 7, &present), -CTG_ENOMEM);
+	assert_int_equal(present, 0);
+	assert_int_equal(ctg_handle_fault(mm, BASE + 9 * PAGES, false), -CTG_ENOMEM);
+	assert_int_equal(stat_of(mm).nr_tables, tables);
 	ctg_mm_destroy(mm, false);
 	for (unsigned i = 0; i < 4; i++)
 		assert_int_equal(ctg_free_frames(w.ctg, taken[i]), 0);
@@ -575,6 +582,36 @@ static int wait_moves(
 		ctg_add32_acq_rel(&moving.mm->moved, 1);
 	}
 	return moving.ret;
+}
+
+/* While the fault waits for mm->lock, somebody widens the page's rights and it begins to move. */
+static void relax_and_widen(void *host)
+{
+	(void)host;
+	change_entry(moving.mm, moving.vpn, CTG_PTE_RIGHTS | CTG_PTE_MOVING, 0);
+	ctg_unlock(&moving.mm->ctg->port, &moving.mm->lock);
+	moving.mm->ctg->port.wait = wait_moves;
+}
+
+static void test_writers_see_a_migration_that_begins(void **state)
+{
+	struct ctg_mm *mm;
+	struct world w;
+
+	(void)state;
+	world_open(&w, 4);
+	mm = space_new(&w, 0);
+	mapped(mm, BASE, 1, CTG_PROT_NONE);
+	memset(&moving, 0, sizeof(moving));
+	moving.mm = mm;
+	moving.vpn = BASE;
+	ctg_lock(&w.port, &mm->lock);
+	w.ctg->port.relax = relax_and_widen;
+	assert_int_equal(ctg_handle_fault(mm, BASE, true), 0);
+	w.ctg->port = w.port;
+	assert_int_equal(moving.waits, 2);
+	ctg_mm_destroy(mm, false);
+	world_close(&w);
 }
 
 static void test_writers_wait_for_a_migration(void **state)
@@ -892,20 +929,123 @@ static struct {
 	struct world *w;
 	ctg_vpn_t written;
 	unsigned fail_in;
+	bool failed; /* until the installation that puts back */
+	bool closed;
+	struct ctg_vrange range; /* the one that failed */
+	unsigned installs;
 } installing;
 
-/* Another CPU gets through to one page before the installation fails. */
+/*
+ * Populate installs run by run: consecutive frames with the same rights. One installation fails,
+ * after another CPU has got through to one page.
+ */
 static int install_fails_late(
 	void *host, struct ctg_mm *mm, const struct ctg_vrange *ranges, size_t nr)
 {
+	installing.installs++;
+	assert_int_equal(nr, 1);
+	if (installing.failed) {
+		assert_true(installing.closed);
+		installing.failed = false;
+		return installing.w->port.tlb_install(host, mm, ranges, nr);
+	}
+	assert_int_equal(lookup(mm, ranges[0].vpn, ranges[0].nr + 1).nr, ranges[0].nr);
 	if (installing.fail_in == 0 || --installing.fail_in != 0)
 		return installing.w->port.tlb_install(host, mm, ranges, nr);
+	installing.failed = true;
+	installing.closed = false;
+	installing.range = ranges[0];
 	if (installing.written - ranges[0].vpn < ranges[0].nr) {
 		ctg_sim_set_cpu(1);
 		put_byte(installing.w, mm, installing.written, 0x42);
 		ctg_sim_set_cpu(0);
 	}
 	return -CTG_ENOMEM;
+}
+
+/*
+ * Before anything of the run is taken back, no access to it is possible any more: else a write
+ * could come between the look at DIRTY and the clearing.
+ */
+static int restrict_closes_first(void *host, struct ctg_mm *mm, const struct ctg_vrange *ranges,
+	size_t nr, enum ctg_tlb_how how)
+{
+	if (installing.failed && !installing.closed) {
+		installing.closed = true;
+		assert_int_equal(nr, 1);
+		assert_int_equal(how, CTG_TLB_INVALIDATE);
+		assert_memory_equal(ranges, &installing.range, sizeof(*ranges));
+		for (uint64_t i = 0; i < ranges[0].nr; i++) {
+			struct ctg_mapping m = lookup(mm, ranges[0].vpn + i, 1);
+
+			assert_true(m.pfn != CTG_PFN_NONE);
+			assert_int_equal(m.prot, CTG_PROT_NONE);
+		}
+	}
+	return installing.w->port.tlb_restrict(host, mm, ranges, nr, how);
+}
+
+static void install_begin(struct world *w)
+{
+	memset(&installing, 0, sizeof(installing));
+	installing.w = w;
+	w->ctg->port.tlb_install = install_fails_late;
+	w->ctg->port.tlb_restrict = restrict_closes_first;
+}
+
+/* Runs end where the frames are not consecutive, or the rights differ. */
+static void test_populate_installs_runs(void **state)
+{
+	struct ctg_mm *mm;
+	struct world w;
+	ctg_pfn_t taken[4];
+
+	(void)state;
+	world_open(&w, 4);
+	mm = space_new(&w, 0);
+	for (uint64_t i = 0; i < 32; i++)
+		assert_int_equal(ctg_mmap(mm, BASE + i, 1, i % 2 != 0 ? RW : CTG_PROT_READ), 0);
+	install_begin(&w);
+	assert_int_equal(ctg_mm_populate(mm, BASE, 32, NULL), 0);
+	assert_int_equal(installing.installs, 32);
+	assert_int_equal(ctg_munmap(mm, BASE, 32), 0);
+	/* Twice as many at once: one run. */
+	assert_int_equal(ctg_mmap(mm, BASE, 64, RW), 0);
+	installing.installs = 0;
+	assert_int_equal(ctg_mm_populate(mm, BASE, 64, NULL), 0);
+	assert_in_range(installing.installs, 1, 3);
+	assert_int_equal(ctg_munmap(mm, BASE, 64), 0);
+	/* Memory in pieces. */
+	fragment(&w, taken, 4);
+	assert_int_equal(ctg_mmap(mm, BASE, 4 * PAGES, RW), 0);
+	installing.installs = 0;
+	assert_int_equal(ctg_mm_populate(mm, BASE, 4 * PAGES, NULL), -CTG_ENOMEM);
+	assert_true(installing.installs > 4);
+	ctg_mm_destroy(mm, false);
+	w.ctg->port = w.port;
+	for (unsigned i = 0; i < 4; i++)
+		assert_int_equal(ctg_free_frames(w.ctg, taken[i]), 0);
+	world_close(&w);
+}
+
+/* A long populate lets go of the space's lock between its parts. */
+static void test_populate_in_parts(void **state)
+{
+	struct ctg_mm *mm;
+	struct world w;
+	uint64_t present;
+
+	(void)state;
+	world_open(&w, 34);
+	mm = space_new(&w, 0);
+	assert_int_equal(ctg_mmap(mm, BASE + 1, 33 * PAGES, RW), 0);
+	install_begin(&w);
+	assert_int_equal(ctg_mm_populate(mm, BASE + 1, 33 * PAGES, &present), 0);
+	assert_int_equal(present, 33 * PAGES);
+	assert_true(installing.installs > 4);
+	ctg_mm_destroy(mm, false);
+	w.ctg->port = w.port;
+	world_close(&w);
 }
 
 static void test_failed_install_takes_the_run_back(void **state)
@@ -916,8 +1056,7 @@ static void test_failed_install_takes_the_run_back(void **state)
 
 	(void)state;
 	world_open(&w, 8);
-	installing.w = &w;
-	w.ctg->port.tlb_install = install_fails_late;
+	install_begin(&w);
 	for (unsigned written = 0; written < 2; written++) {
 		mm = space_new(&w, 0);
 		/* The first run is of small frames, the second large: the second fails. */
@@ -964,7 +1103,7 @@ static void test_failed_install_takes_the_run_back(void **state)
 	assert_true(lookup(mm, BASE, PAGES).reserved);
 	assert_int_equal(ctg_handle_fault(mm, BASE + 9, true), 0);
 	ctg_mm_destroy(mm, false);
-	w.ctg->port.tlb_install = w.port.tlb_install;
+	w.ctg->port = w.port;
 	world_close(&w);
 }
 
@@ -1006,11 +1145,14 @@ int main(void)
 		cmocka_unit_test(test_frames_come_from_where_the_space_says),
 		cmocka_unit_test(test_faults),
 		cmocka_unit_test(test_writers_wait_for_a_migration),
+		cmocka_unit_test(test_writers_see_a_migration_that_begins),
 		cmocka_unit_test(test_mapping_wakes_who_waits_for_the_reference),
 		cmocka_unit_test(test_mprotect),
 		cmocka_unit_test(test_mprotect_fails_without_a_trace),
 		cmocka_unit_test(test_munmap_fails_without_a_trace),
 		cmocka_unit_test(test_every_failure_in_turn),
+		cmocka_unit_test(test_populate_installs_runs),
+		cmocka_unit_test(test_populate_in_parts),
 		cmocka_unit_test(test_failed_install_takes_the_run_back),
 		cmocka_unit_test(test_destroy_frees_everything),
 	};

@@ -241,8 +241,8 @@ static void test_anybody_flushes(void **state)
 	(void)state;
 	world_open(&w, 4);
 	mm = space_new(&w, 0);
-	assert_int_equal(ctg_mmap(mm, BASE, 4, RW), 0);
-	assert_int_equal(ctg_mm_populate(mm, BASE, 4, NULL), 0);
+	assert_int_equal(ctg_mmap(mm, BASE, 5, RW), 0);
+	assert_int_equal(ctg_mm_populate(mm, BASE, 5, NULL), 0);
 	pfn = lookup(mm, BASE, 1).pfn;
 	/* Out of order on purpose: the port gets them sorted and merged. */
 	clear_into_batch(mm, BASE + 1);
@@ -257,7 +257,7 @@ static void test_anybody_flushes(void **state)
 	ctg_batches_flush(w.ctg, pfn, 1);
 	assert_int_equal(helped(&w), 1);
 	assert_int_equal(word_of(&w, pfn), 0);
-	assert_int_equal(world_free(&w), w.nr_free - 1);
+	assert_int_equal(world_free(&w), w.nr_free - 2);
 	assert_int_equal(seen.nr_calls, 1);
 	assert_int_equal(seen.call[0].nr, 2);
 	assert_int_equal(seen.call[0].range[0].vpn, BASE);
@@ -273,6 +273,11 @@ static void test_anybody_flushes(void **state)
 	clear_into_batch(mm, BASE + 2);
 	ctg_batches_flush(w.ctg, 0, 0);
 	assert_int_equal(helped(&w), 2);
+	assert_int_equal(world_free(&w), w.nr_free - 1);
+	/* This one, for its owner or for somebody else. */
+	clear_into_batch(mm, BASE + 4);
+	ctg_batch_flush(&mm->batch, true);
+	assert_int_equal(helped(&w), 3);
 	assert_int_equal(world_free(&w), w.nr_free);
 	ctg_mm_destroy(mm, false);
 	world_close(&w);
