@@ -129,11 +129,10 @@ uint64_t ctg_contig_put(struct ctg_zone *zone, ctg_pfn_t start, uint64_t nr);
 void ctg_isolation_ended(struct ctg_zone *zone);
 /*
  * Sleep until some allocation in the zone ends, given the value of zone->isolation_ended before the
- * caller looked. Bounded. 0: look again; -ETIMEDOUT, -EINTR: of the request.
+ * caller looked. *until: 0 at the first call, then when patience ends. 0: look again; -EBUSY:
+ * waited long enough; -ETIMEDOUT, -EINTR: of the request.
  */
-int ctg_isolation_wait(
-	struct ctg_zone *zone, uint32_t seen, const struct ctg_alloc_request *request);
-/* How often an allocation waits for others that are at work where it would be. */
-#define CTG_ISOLATION_WAITS 5
+int ctg_isolation_wait(struct ctg_zone *zone, uint32_t seen, uint64_t *until,
+	const struct ctg_alloc_request *request);
 
 #endif

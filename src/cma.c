@@ -270,7 +270,8 @@ struct call {
 	const struct ctg_alloc_request *request;
 	bool fast;
 	bool met; /* an obstacle has stopped a window */
-	unsigned collisions, waits;
+	unsigned collisions;
+	uint64_t wait_until; /* for other allocations; 0: has not waited */
 	struct ctg_alloc_report report;
 	struct ctg_search search;
 };
@@ -398,9 +399,9 @@ static int widen_or_wait(struct call *call, uint32_t seen)
 	call->report.obstacle = CTG_OBSTACLE_ISOLATED;
 	call->report.obstacle_pfn = search->isolated;
 	call->report.obstacle_word = 0;
-	if (call->fast || call->waits++ == CTG_ISOLATION_WAITS)
+	if (call->fast)
 		return -CTG_EBUSY;
-	return ctg_isolation_wait(call->cma->zone, seen, call->request);
+	return ctg_isolation_wait(call->cma->zone, seen, &call->wait_until, call->request);
 }
 
 static int run_call(struct call *call, ctg_pfn_t *pfn)

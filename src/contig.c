@@ -15,7 +15,7 @@
 #define LOOK_AGAIN_NS 1000000u /* for a holder to leave */
 #define LEAVING_SPINS 4096
 #define WAIT_SLICE_NS 1000000u /* between looks at a request's cancel word */
-#define WAIT_NS 200000000u     /* for another allocation to end */
+#define WAIT_NS 1000000000u    /* for other allocations to end, all in all */
 #define ZERO_RUN 32768u        /* frames, between looks at the deadline */
 #define DIRTY_RUNS 32
 
@@ -93,27 +93,32 @@ void ctg_isolation_ended(struct ctg_zone *zone)
 	port->wake(port->host, &zone->isolation_ended, UINT32_MAX);
 }
 
-int ctg_isolation_wait(
-	struct ctg_zone *zone, uint32_t seen, const struct ctg_alloc_request *request)
+int ctg_isolation_wait(struct ctg_zone *zone, uint32_t seen, uint64_t *until,
+	const struct ctg_alloc_request *request)
 {
-	struct ctg *ctg = zone->ctg;
-	const struct ctg_port *port = &ctg->port;
-	uint64_t now = port->now(port->host), end = now + WAIT_NS;
+	const struct ctg_port *port = &zone->ctg->port;
+	uint64_t now = port->now(port->host);
 	/* Nobody wakes us when the cancel word changes: look at it in slices. */
 	uint64_t slice = request != NULL && request->cancel != NULL ? WAIT_SLICE_NS : WAIT_NS;
 
-	while (now < end && ctg_load32_acquire(&zone->isolation_ended) == seen) {
-		int ret = ctg_request_check(ctg, request);
+	if (*until == 0)
+		*until = now + WAIT_NS;
+	else if (now >= *until)
+		return -CTG_EBUSY;
+	while (now < *until && ctg_load32_acquire(&zone->isolation_ended) == seen) {
+		int ret = ctg_request_check(zone->ctg, request);
 
 		if (ret != 0)
 			return ret;
+		if (slice > *until - now)
+			slice = *until - now;
 		ret = port->wait(port->host, &zone->isolation_ended, seen,
 			wait_until(request, now, slice), true);
 		if (ret == -CTG_EINTR)
 			return ret;
 		now = port->now(port->host);
 	}
-	return ctg_request_check(ctg, request);
+	return ctg_request_check(zone->ctg, request);
 }
 
 /* ---- looking at frames ----------------------------------------------------------------------- */
@@ -532,7 +537,7 @@ static int take_range(struct ctg_zone *zone, ctg_pfn_t start, uint64_t nr,
 	const struct ctg_alloc_request *request, struct ctg_alloc_report *report)
 {
 	bool zero = request == NULL || (request->flags & CTG_ALLOC_NO_ZERO) == 0;
-	unsigned waits = is_fast(request) ? 0 : CTG_ISOLATION_WAITS;
+	uint64_t until = 0;
 
 	for (;;) {
 		uint32_t seen = ctg_load32_acquire(&zone->isolation_ended);
@@ -544,10 +549,10 @@ static int take_range(struct ctg_zone *zone, ctg_pfn_t start, uint64_t nr,
 			report, &isolated);
 		if (isolated)
 			ctg_isolation_ended(zone);
-		if (ret != -CTG_EBUSY || report->obstacle != CTG_OBSTACLE_ISOLATED || waits == 0)
+		if (ret != -CTG_EBUSY || report->obstacle != CTG_OBSTACLE_ISOLATED ||
+			is_fast(request))
 			return ret;
-		waits--;
-		ret = ctg_isolation_wait(zone, isolated ? seen + 1 : seen, request);
+		ret = ctg_isolation_wait(zone, isolated ? seen + 1 : seen, &until, request);
 		if (ret != 0)
 			return ret;
 	}

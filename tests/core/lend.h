@@ -18,10 +18,9 @@
 
 #include "../../ports/sim/sim.h"
 #include "area.h"
-#include "buddy.h"
 #include "pgtable.h"
+#include "zone_check.h"
 
-#define BLOCK CTG_PAGEBLOCK_FRAMES
 #define LEND_BASE (8 * BLOCK) /* pfn of the zone */
 #define RW (CTG_PROT_READ | CTG_PROT_WRITE)
 #define MAX_EVENTS 4096
@@ -76,6 +75,7 @@ static inline struct lend *lend_open(uint64_t reserved, uint64_t ordinary, bool 
 static inline void lend_close(struct lend *l)
 {
 	ctg_mm_destroy(l->mm, false);
+	check_zone(l->zone);
 	ctg_sim_destroy(l->sim);
 	free(l);
 }
@@ -94,19 +94,19 @@ static inline struct ctg_cma *lend_area(
 	return cma;
 }
 
-static inline struct ctg_frame *frame_at(struct lend *l, ctg_pfn_t pfn)
+static inline struct ctg_frame *lend_frame(struct lend *l, ctg_pfn_t pfn)
 {
 	return ctg_zone_frame(l->zone, pfn);
 }
 
 static inline unsigned state_of(struct lend *l, ctg_pfn_t pfn)
 {
-	return ctg_info_state(ctg_load32_acquire(&frame_at(l, pfn)->info));
+	return ctg_info_state(ctg_load32_acquire(&lend_frame(l, pfn)->info));
 }
 
 static inline uint64_t word_of(struct lend *l, ctg_pfn_t pfn)
 {
-	return ctg_load64_acquire(&frame_at(l, pfn)->word);
+	return ctg_load64_acquire(&lend_frame(l, pfn)->word);
 }
 
 /* What a page of the borrower holds. */
@@ -179,7 +179,8 @@ static inline ctg_pfn_t lend_large(struct lend *l)
 	l->next_vpn += BLOCK;
 	for (uint64_t i = 0; i < BLOCK; i++)
 		stamp(l, vpn + i);
-	assert_int_equal(ctg_info_order(frame_at(l, page_at(l, vpn))->info.v), CTG_PAGEBLOCK_ORDER);
+	assert_int_equal(
+		ctg_info_order(lend_frame(l, page_at(l, vpn))->info.v), CTG_PAGEBLOCK_ORDER);
 	return page_at(l, vpn);
 }
 
@@ -188,7 +189,7 @@ static inline void unlend(struct lend *l, ctg_pfn_t pfn, uint64_t nr)
 {
 	for (; nr != 0; pfn++, nr--) {
 		assert_int_equal(state_of(l, pfn), CTG_FRAME_ANON);
-		assert_int_equal(ctg_munmap(l->mm, frame_at(l, pfn)->index, 1), 0);
+		assert_int_equal(ctg_munmap(l->mm, lend_frame(l, pfn)->index, 1), 0);
 	}
 	ctg_drain_caches(l->ctg);
 }
@@ -311,6 +312,7 @@ static inline void snapshot_check(struct lend *l, struct snapshot *s, bool frame
 {
 	struct snapshot *now = snapshot_take(l);
 
+	check_zone(l->zone);
 	assert_int_equal(now->nr_free, s->nr_free);
 	assert_int_equal(now->zone.nr_isolated_free, s->zone.nr_isolated_free);
 	assert_int_equal(now->nr_pages, s->nr_pages);

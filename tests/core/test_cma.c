@@ -41,7 +41,7 @@ static void fill(struct lend *l, uint64_t nr)
 
 static void pin(struct lend *l, ctg_pfn_t pfn)
 {
-	ctg_add64_acq_rel(&frame_at(l, pfn)->word, CTG_WORD_PIN1);
+	ctg_add64_acq_rel(&lend_frame(l, pfn)->word, CTG_WORD_PIN1);
 }
 
 static void unpin(struct lend *l, ctg_pfn_t pfn)
@@ -675,7 +675,7 @@ static void test_cached_frames(void **state)
 
 	(void)state;
 	fill(l, 2 * BLOCK);
-	assert_int_equal(ctg_munmap(l->mm, frame_at(l, at(77))->index, 1), 0);
+	assert_int_equal(ctg_munmap(l->mm, lend_frame(l, at(77))->index, 1), 0);
 	assert_int_equal(state_of(l, at(77)), CTG_FRAME_PCP);
 	assert_int_equal(ctg_cma_alloc(cma, 2 * BLOCK, &request, &pfn), -CTG_EBUSY);
 	assert_int_equal(report.obstacle, CTG_OBSTACLE_CACHED);
@@ -795,7 +795,7 @@ static void test_release_while_held(void **state)
 	uint64_t held;
 
 	(void)state;
-	assert_int_equal(ctg_frame_tryget(frame_at(l, pfn + 10)), 0);
+	assert_int_equal(ctg_frame_tryget(lend_frame(l, pfn + 10)), 0);
 	pin(l, pfn + 200);
 	pin(l, pfn + 200);
 	assert_int_equal(ctg_cma_release(cma, pfn, BLOCK, &held), 0);
