@@ -64,7 +64,11 @@ static void refill(struct ctg_zone *zone, struct ctg_free_list *list, enum ctg_m
 		push(zone, list, pfn[nr], mt, zeroed[nr]);
 }
 
-/* Move at most a batch of frames from a cache to the zone's lists. pcp->lock held. */
+/*
+ * Move at most a batch of frames from a cache to the zone's lists. pcp->lock held: a drain that
+ * finds the cache empty must be able to rely on its frames being on the lists. Frames are discarded
+ * here and not when they are freed: most are used again before they get this far.
+ */
 static void spill(struct ctg_zone *zone, struct ctg_free_list *list)
 {
 	const struct ctg_port *port = &zone->ctg->port;
