@@ -13,6 +13,7 @@
 #include <fcntl.h>
 #include <linux/futex.h>
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
@@ -25,6 +26,9 @@
 /* Memory that must stay available to others when the spill zone grows. */
 #define COPY_RESERVE ((uint64_t)32 << 20)
 #define COPY_CREDIT ((uint64_t)32 << 20)
+/* How long a thread looks out for the next batch before it sleeps: batches of one take-back follow
+ * each other at shorter intervals, and waking a thread takes longer than its share of the copy. */
+#define COPY_LINGER_NS 100000
 
 struct posix_copier {
 	uint32_t taken; /* by one batch */
@@ -54,6 +58,16 @@ static void copy_wake(uint32_t *word, int nr)
 	syscall(SYS_futex, word, FUTEX_WAKE | FUTEX_PRIVATE_FLAG, nr, NULL, NULL, 0);
 }
 
+static void copy_pause(void)
+{
+#if defined(__x86_64__) || defined(__i386__)
+	for (int i = 0; i < 16; i++)
+		__builtin_ia32_pause();
+#else
+	sched_yield();
+#endif
+}
+
 static void copy_pieces(struct posix_copier *copier)
 {
 	for (;;) {
@@ -72,6 +86,7 @@ static void *copy_main(void *arg)
 {
 	struct copy_thread *self = arg;
 	struct posix_copier *copier = self->copier;
+	uint64_t linger = 0;
 	uint32_t seen = 0;
 
 	__atomic_store_n(&self->tid, posix_gettid(), __ATOMIC_RELEASE);
@@ -79,7 +94,10 @@ static void *copy_main(void *arg)
 		uint32_t round = __atomic_load_n(&copier->round, __ATOMIC_ACQUIRE);
 
 		if (round == seen) {
-			copy_wait(&copier->round, seen);
+			if (posix_now(NULL) < linger)
+				copy_pause();
+			else
+				copy_wait(&copier->round, seen);
 			continue;
 		}
 		seen = round;
@@ -88,6 +106,7 @@ static void *copy_main(void *arg)
 		copy_pieces(copier);
 		if (__atomic_add_fetch(&copier->done, 1, __ATOMIC_ACQ_REL) == copier->nr_threads)
 			copy_wake(&copier->done, 1);
+		linger = posix_now(NULL) + COPY_LINGER_NS;
 	}
 }
 
@@ -189,8 +208,6 @@ static int copy_run(struct ctg_region *region, ctg_pfn_t dst, ctg_pfn_t src, uin
 
 	if (to->ops->write != NULL)
 		return to->ops->write(to, dst, posix_store_address(from, src), bytes);
-	if (from->ops->read != NULL)
-		return from->ops->read(from, src, posix_store_address(to, dst), bytes);
 	memcpy(posix_store_address(to, dst), posix_store_address(from, src), bytes);
 	return 0;
 }
@@ -255,9 +272,11 @@ int posix_copy(void *host, const struct ctg_copy_run *runs, size_t nr)
 		if (posix_store_of(job.region, runs[i].dst) == spill)
 			grows += runs[i].nr;
 	}
-	/* A huge page is made in one piece. */
-	if (grows > 0 && (spill->map_order != 0 || spill->large))
+	/* A huge page is made in one piece; a serial store by one thread. */
+	if (grows > 0 && spill->map_order != 0)
 		job.piece_frames = POSIX_CHUNK_FRAMES;
+	else if (grows > 0 && spill->ops->serial)
+		job.piece_frames = frames;
 	if (grows > 0 && spill->ops->write != NULL)
 		ret = store_afford(spill, grows << CTG_PAGE_SHIFT);
 	if (ret == 0)
@@ -295,7 +314,7 @@ int posix_zero(void *host, ctg_pfn_t pfn, uint64_t nr)
 	/* Punching a hole is how a sparse store is cleared, and it needs no memory. */
 	if (store->ops->write != NULL) {
 		posix_discard(host, pfn, nr);
-		return 0;
+		return store->ops->ensure == NULL ? 0 : store->ops->ensure(store, pfn, job.bytes);
 	}
 	return posix_copier_run(
 		region, zero_piece, &job, (size_t)((job.bytes + COPY_PIECE - 1) / COPY_PIECE));

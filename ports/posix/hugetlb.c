@@ -28,7 +28,8 @@
 
 #define POOL "/sys/kernel/mm/hugepages/hugepages-2048kB/"
 #define HUGETLB_BASE ((ctg_pfn_t)0x100000)
-#define GROW_MAX 8u
+#define GROW_MAX 16u
+#define GROW_MAX_NS UINT64_C(10000000000)
 #define GROW_NS UINT64_C(500000000)
 #define GROW_PAGE_NS UINT64_C(2000000)
 #ifndef MADV_POPULATE_WRITE
@@ -244,26 +245,31 @@ static int set_grow(
 	return ret;
 }
 
+/* May `step` more pages be looked at? Others keep at least as much as that leaves. */
+static bool set_may_grow(const struct huge_set *set, uint32_t step)
+{
+	return set->nr + step <= set->max &&
+	       (pool_free() >= step || posix_meminfo("MemAvailable") / 2 >= step * POSIX_CHUNK);
+}
+
 /*
- * Take pages until the longest run holds the whole region, or GROW_MAX times the need has been
- * looked at, or memory or time runs short; what is beyond the first `want` is a bonus. The kernel
- * hands out its smallest fragments first, so the long runs come late. -CTG_EPERM: the numbers
- * cannot be known, `want` pages are there.
+ * Take pages until the longest run holds the whole region, or time runs short; what is beyond the
+ * first `want` is a bonus. The kernel hands out its smallest fragments first, so the long runs come
+ * late, and while there are too few of them to make an area at all, time does not matter yet.
+ * -CTG_EPERM: the numbers cannot be known, `want` pages are there.
  */
 static int set_collect(
 	struct ctg_region *region, struct posix_store *store, struct huge_set *set, uint32_t want)
 {
-	uint64_t end = posix_now(NULL) + GROW_NS + want * GROW_PAGE_NS;
-	uint32_t step = want / 4 > 0 ? want / 4 : 1;
+	uint64_t start = posix_now(NULL), soon = start + GROW_NS + want * GROW_PAGE_NS;
+	uint32_t step = want / 4 > 0 ? want / 4 : 1, runs;
 	int ret = set_grow(region, store, set, want);
 
 	if (ret != 0)
 		return ret;
 	set_find_runs(set);
-	while (set_runs_for(set, want) != 1 && set->nr + step <= set->max &&
-		posix_now(NULL) < end) {
-		/* Leave others at least as much again. */
-		if (posix_meminfo("MemAvailable") / 2 < step * POSIX_CHUNK && pool_free() < step)
+	while ((runs = set_runs_for(set, want)) != 1 && set_may_grow(set, step)) {
+		if (posix_now(NULL) > (runs == 0 ? start + GROW_MAX_NS : soon))
 			break;
 		set->extra += pool_free() < step ? pool_raise(step - pool_free()) : 0;
 		if (set_grow(region, store, set, set->nr + step) != 0)

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Stores in a memfd: the default backing, all of it there from the start, and the sparse one that
- * displaced memory goes to.
+ * Stores in anonymous shared memory (shmem.c): the default backing, all of it there from the start,
+ * and the sparse one that displaced memory goes to.
  */
 #define _GNU_SOURCE
 #include "region.h"
@@ -31,6 +31,8 @@ int posix_store_map_linear(struct posix_store *store, ctg_pfn_t base, uint64_t b
 		    MAP_SHARED | MAP_FIXED | MAP_NORESERVE, store->fd, 0) == MAP_FAILED)
 		return -errno;
 	madvise(store->direct, bytes, MADV_DONTFORK);
+	/* Where the system gives huge pages to those who ask. Devices refuse, which is as well. */
+	(void)madvise(store->direct, bytes, MADV_HUGEPAGE);
 	store->ranges = malloc(sizeof(*store->ranges));
 	if (store->ranges == NULL)
 		return -CTG_ENOMEM;
@@ -120,28 +122,8 @@ static int sparse_write(struct posix_store *store, ctg_pfn_t pfn, const void *fr
 	return 0;
 }
 
-static int sparse_read(struct posix_store *store, ctg_pfn_t pfn, void *to, size_t bytes)
-{
-	off_t at = (off_t)((pfn - store->base) << CTG_PAGE_SHIFT);
-	unsigned char *p = to;
-
-	while (bytes > 0) {
-		ssize_t n = pread(store->fd, p, bytes, at);
-
-		if (n <= 0) {
-			if (n < 0 && errno == EINTR)
-				continue;
-			return -CTG_ENOMEM;
-		}
-		p += n;
-		at += n;
-		bytes -= (size_t)n;
-	}
-	return 0;
-}
-
 static const struct posix_store_ops sparse_ops = {
-	.name = "memfd", .write = sparse_write, .read = sparse_read};
+	.name = "memfd", .write = sparse_write, .serial = true};
 
 int posix_memfd_open_sparse(
 	struct posix_store *store, ctg_pfn_t base, uint64_t bytes, struct ctg_error *error)

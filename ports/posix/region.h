@@ -4,7 +4,7 @@
  * the port's hooks need.
  *
  *   region.c   opens and closes; what is asked about a region
- *   memfd.c, hugetlb.c, file.c   stores
+ *   memfd.c, hugetlb.c, file.c   stores; shmem.c: the files behind the first
  *   copy.c     contents: copy, zero, discard
  *   host.c     the hooks that have nothing to do with memory: wait, wake, time, metadata
  *   port.c     mappings: tlb_restrict, tlb_install
@@ -32,9 +32,9 @@ struct posix_store_ops {
 	 * 0 or -CTG_ENOMEM.
 	 */
 	int (*write)(struct posix_store *store, ctg_pfn_t pfn, const void *from, size_t bytes);
-	/* The reverse, where the direct map has no entries yet. NULL: memcpy. */
-	int (*read)(struct posix_store *store, ctg_pfn_t pfn, void *to, size_t bytes);
-	/* Make frames exist before they are zeroed through the direct map. NULL: they do. */
+	/* Its kernel side takes turns: more threads would only wait for each other. */
+	bool serial;
+	/* Make frames of zeros where there is a hole that may not be touched. NULL: it may. */
 	int (*ensure)(struct posix_store *store, ctg_pfn_t pfn, size_t bytes);
 };
 
@@ -45,7 +45,7 @@ struct posix_store_ops {
 struct posix_store {
 	const struct posix_store_ops *ops;
 	const char *backing; /* "memfd", "hugetlb", "file" */
-	bool large; /* memfd: in pages of 2 MiB where the kernel has them (shmem.c) */
+	bool large;          /* memfd: in pages of 2 MiB where the kernel has them (shmem.c) */
 	int fd;
 	ctg_pfn_t base;
 	uint64_t nr;
@@ -146,7 +146,8 @@ int posix_file_open(
 void posix_store_close(struct posix_store *store);
 /* hugetlb.c: gives back what was raised. */
 void posix_hugetlb_lower(struct posix_store *store);
-/* shmem.c: a file of shared memory, sparse, in pages of 2 MiB if *large. A descriptor or negative errno. */
+/* shmem.c: a file of shared memory, sparse, in pages of 2 MiB if *large. A descriptor or negative
+ * errno. */
 int posix_shmem_open(const char *name, uint64_t bytes, bool *large);
 /* memfd.c: one range, file order; maps [0, bytes) of store->fd. 0 or negative errno. */
 int posix_store_map_linear(struct posix_store *store, ctg_pfn_t base, uint64_t bytes);
