@@ -274,7 +274,8 @@ static inline struct snapshot *snapshot_take(struct lend *l)
 	s->rights = malloc(s->nr_pages * sizeof(*s->rights));
 	assert_true(s->words != NULL && s->blocks != NULL && s->pages != NULL && s->rights != NULL);
 	for (uint64_t i = 0; i < l->nr; i++) {
-		s->words[2 * i] = l->zone->frames[i].word.v;
+		/* WAITERS stays until a holder leaves: it says that somebody may sleep. */
+		s->words[2 * i] = l->zone->frames[i].word.v & ~CTG_WORD_WAITERS;
 		s->words[2 * i + 1] = l->zone->frames[i].info.v;
 	}
 	memcpy(s->blocks, l->zone->blocks, l->zone->nr_blocks * sizeof(*s->blocks));
