@@ -248,8 +248,24 @@ static ctg_pfn_t gather_spilled(struct home *home, ctg_pfn_t pfn, ctg_pfn_t end,
 	return end;
 }
 
-/* Move frames of one size out of a spill zone. false: there is no room for more of them. */
-static bool empty_spilled(struct home *home, struct ctg_zone *zone, bool large)
+/* Is there room for one more, for a space that takes frames from anywhere? */
+static bool any_room(const struct home *home, bool large)
+{
+	unsigned order = large && home->moves->whole ? CTG_PAGEBLOCK_ORDER : 0;
+	struct ctg *ctg = home->moves->ctg;
+	ctg_pfn_t pfn;
+
+	if (ctg_alloc_run(ctg, order, order, home->moves->gfp, &pfn, &order) != 0)
+		return false;
+	ctg_frame_put(ctg, pfn, CTG_WORD_REF1, 1);
+	return true;
+}
+
+/*
+ * Move frames of one size out of a spill zone, until the budget is spent. Space for one family is
+ * not space for another, so a batch without room is the end only if nobody would have any.
+ */
+static void empty_spilled(struct home *home, struct ctg_zone *zone, bool large)
 {
 	struct ctg_moves *moves = home->moves;
 	ctg_pfn_t pfn = zone->base, end = zone->base + zone->nr;
@@ -261,10 +277,12 @@ static bool empty_spilled(struct home *home, struct ctg_zone *zone, bool large)
 		pfn = gather_spilled(home, pfn, end, large);
 		ctg_moves_run(moves);
 		home->moved += moves->frames_moved;
-		if (moves->error == -CTG_ENOMEM && moves->frames_moved == 0)
-			return false;
+		if (moves->error != -CTG_ENOMEM)
+			continue;
+		home->no_room = true;
+		if (moves->frames_moved == 0 && !any_room(home, large))
+			break;
 	}
-	return true;
 }
 
 /* Is anything in a spill zone that came there to be moved back? */
@@ -298,12 +316,12 @@ static void empty_all_spilled(struct home *home)
 
 	for (unsigned pass = 0; pass < 3; pass++) {
 		home->moves->whole = passes[pass].whole;
-		for (unsigned i = 0; i < ctg->nr_zones; i++) {
-			if (!is_spill(ctg->zones[i]))
-				continue;
-			if (!empty_spilled(home, ctg->zones[i], passes[pass].large) && pass != 0)
-				home->no_room = true;
-		}
+		for (unsigned i = 0; i < ctg->nr_zones; i++)
+			if (is_spill(ctg->zones[i]))
+				empty_spilled(home, ctg->zones[i], passes[pass].large);
+		/* What finds no room as a whole has not been tried in pieces yet. */
+		if (pass == 0)
+			home->no_room = false;
 	}
 }
 
