@@ -252,25 +252,35 @@ static bool set_may_grow(const struct huge_set *set, uint32_t step)
 	       (pool_free() >= step || posix_meminfo("MemAvailable") / 2 >= step * POSIX_CHUNK);
 }
 
+/* Until when to look for longer runs than there are. */
+static uint64_t set_patience(const struct huge_set *set, uint32_t want, uint64_t start)
+{
+	/* Too few long ones to make an area at all. */
+	if (set_runs_for(set, want) == 0)
+		return start + GROW_MAX_NS;
+	/* Large buffers would not fit. */
+	if (set->run[0].nr < want / 4 * 3)
+		return start + 4 * (GROW_NS + want * GROW_PAGE_NS);
+	return start + GROW_NS + want * GROW_PAGE_NS;
+}
+
 /*
- * Take pages until the longest run holds the whole region, or time runs short; what is beyond the
- * first `want` is a bonus. The kernel hands out its smallest fragments first, so the long runs come
- * late, and while there are too few of them to make an area at all, time does not matter yet.
- * -CTG_EPERM: the numbers cannot be known, `want` pages are there.
+ * Take pages until the longest run holds the whole region, or patience or memory runs short; what
+ * is beyond the first `want` is a bonus. The kernel hands out its smallest fragments first, so the
+ * long runs come late. -CTG_EPERM: the numbers cannot be known, `want` pages are there.
  */
 static int set_collect(
 	struct ctg_region *region, struct posix_store *store, struct huge_set *set, uint32_t want)
 {
-	uint64_t start = posix_now(NULL), soon = start + GROW_NS + want * GROW_PAGE_NS;
-	uint32_t step = want / 4 > 0 ? want / 4 : 1, runs;
+	uint32_t step = want / 4 > 0 ? want / 4 : 1;
+	uint64_t start = posix_now(NULL);
 	int ret = set_grow(region, store, set, want);
 
 	if (ret != 0)
 		return ret;
 	set_find_runs(set);
-	while ((runs = set_runs_for(set, want)) != 1 && set_may_grow(set, step)) {
-		if (posix_now(NULL) > (runs == 0 ? start + GROW_MAX_NS : soon))
-			break;
+	while (set->run[0].nr < want && set_may_grow(set, step) &&
+		posix_now(NULL) < set_patience(set, want, start)) {
 		set->extra += pool_free() < step ? pool_raise(step - pool_free()) : 0;
 		if (set_grow(region, store, set, set->nr + step) != 0)
 			break;
@@ -319,10 +329,11 @@ static int set_keep(struct posix_store *store, struct huge_set *set, uint32_t wa
 		}
 	}
 	store->nr_ranges = runs;
+	/* In the order of their frames: so they merge, and are handed out next time. */
 	for (uint32_t i = 0; i < set->nr; i++)
-		if (!kept[i])
+		if (!kept[set->page[i].block])
 			fallocate(store->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
-				(off_t)(i * POSIX_CHUNK), (off_t)POSIX_CHUNK);
+				(off_t)(set->page[i].block * POSIX_CHUNK), (off_t)POSIX_CHUNK);
 	free(kept);
 	return 0;
 }
