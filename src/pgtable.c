@@ -169,18 +169,19 @@ uint64_t ctg_pte_read(const struct ctg_mm *mm, ctg_vpn_t vpn, unsigned *level)
 }
 
 /*
- * The entry may be switched or cleared between the look and the mark: then there is another look.
- * Its table may even leave the tree and be filled again: then another page may be marked, which
- * claims too much but loses nothing. EMPTY and RESERVED entries are never marked.
+ * The entry may be switched, cleared or split between the look and the mark: then there is another
+ * look. Its table may even leave the tree and be filled again: then another page may be marked,
+ * which claims too much but loses nothing. EMPTY and RESERVED entries are never marked.
  */
 void ctg_pte_mark(struct ctg_mm *mm, ctg_vpn_t vpn, bool dirty)
 {
 	uint64_t marks = CTG_PTE_YOUNG | (dirty ? CTG_PTE_DIRTY : 0);
+	struct ctg_word64 *word;
 	uint64_t entry;
 	unsigned level;
-	struct ctg_word64 *word = find_entry(mm, vpn, &entry, &level);
 
 	do {
+		word = find_entry(mm, vpn, &entry, &level);
 		if ((entry & CTG_PTE_PRESENT) == 0 || (entry & marks) == marks)
 			return;
 	} while (!ctg_cas64_acq_rel(word, &entry, entry | marks));

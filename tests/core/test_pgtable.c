@@ -1,7 +1,29 @@
 /* SPDX-License-Identifier: MIT */
+/*
+ * pgtable.c is compiled into this test, with something that can happen before each of its atomics:
+ * so every interleaving of a walk with a change of the tree is tried, one after the other.
+ */
+static void switch_point(void);
+#define CTG_SWITCH_POINT() switch_point()
+
 #include "space.h"
 
 #include <pthread.h>
+
+#include "../../src/pgtable.c"
+
+/* Before the nth atomic from now on (of this thread), fn happens. */
+static _Thread_local struct {
+	unsigned nth;
+	void (*fn)(struct ctg_mm *mm);
+	struct ctg_mm *mm;
+} other;
+
+static void switch_point(void)
+{
+	if (other.nth != 0 && --other.nth == 0)
+		other.fn(other.mm);
+}
 
 static unsigned level_of(const struct ctg_mm *mm, ctg_vpn_t vpn)
 {
@@ -79,6 +101,10 @@ static void test_reserved_uses_the_largest_entries(void **state)
 	assert_int_equal(tables_of(mm), 6);
 	assert_int_equal(ctg_munmap(mm, 0, CTG_MM_MAX_VPN), 0);
 	assert_int_equal(tables_of(mm), 1);
+	/* Nothing larger than 1 GiB. */
+	assert_int_equal(ctg_mmap(mm, 0, ctg_level_pages(3), RW), 0);
+	assert_int_equal(level_of(mm, 0), 2);
+	assert_int_equal(tables_of(mm), 2);
 	ctg_mm_destroy(mm, false);
 	world_close(&w);
 }
@@ -429,7 +455,195 @@ static void test_walk_meets_every_page_once(void **state)
 	world_close(&w);
 }
 
-/* ---- tables that move while others read -------------------------------------------------------
+/* ---- tables that move while others look -------------------------------------------------------
+ */
+
+#define HERE (BASE + 3)
+#define THERE (BASE + ctg_level_pages(3) + 3)
+
+/* The tables that covered HERE serve another slot, where other rights are. */
+static void recycle(struct ctg_mm *mm)
+{
+	assert_int_equal(ctg_munmap(mm, BASE, 10), 0);
+	assert_int_equal(ctg_mmap(mm, THERE - 3, 10, RW), 0);
+}
+
+/* ... and back. */
+static void recycle_twice(struct ctg_mm *mm)
+{
+	recycle(mm);
+	assert_int_equal(ctg_munmap(mm, THERE - 3, 10), 0);
+	assert_int_equal(ctg_mmap(mm, BASE, 10, CTG_PROT_READ), 0);
+	assert_int_equal(ctg_mmap(mm, THERE - 3, 10, RW), 0);
+}
+
+/* The slot gets a table of another level. */
+static void regrow(struct ctg_mm *mm)
+{
+	assert_int_equal(ctg_munmap(mm, BASE, 10), 0);
+	assert_int_equal(ctg_mmap(mm, THERE - 3, PAGES * 4, RW), 0);
+	assert_int_equal(ctg_mmap(mm, BASE - 3 * PAGES, 7 * PAGES, CTG_PROT_READ), 0);
+}
+
+static void (*const changes[])(struct ctg_mm *mm) = {recycle, recycle_twice, regrow};
+
+/* Do one thing with HERE while the nth atomic of it is preceded by a change. false: it had fewer.
+ */
+static bool interleave(struct ctg_mm *mm, unsigned nth, void (*change)(struct ctg_mm *mm),
+	uint64_t (*look)(struct ctg_mm *mm))
+{
+	uint64_t entry;
+
+	assert_int_equal(ctg_mmap(mm, BASE, 10, CTG_PROT_READ), 0);
+	other.fn = change;
+	other.mm = mm;
+	other.nth = nth;
+	entry = look(mm);
+	nth = other.nth;
+	other.nth = 0;
+	/* What was there before, after, or for a moment: never what belongs to the other slot. */
+	if (entry != 0)
+		assert_int_equal(entry, CTG_PTE_RESERVED | CTG_PTE_READ);
+	assert_int_equal(ctg_munmap(mm, 0, CTG_MM_MAX_VPN), 0);
+	return nth == 0;
+}
+
+static uint64_t look_read(struct ctg_mm *mm)
+{
+	return entry_of(mm, HERE);
+}
+
+static uint64_t look_lock(struct ctg_mm *mm)
+{
+	struct ctg_pte_ref ref;
+
+	ctg_pte_lock(mm, HERE, &ref);
+	other.nth = 0; /* nobody changes the tree under the lock */
+	assert_true(ref.table->live);
+	assert_int_equal(ref.level, ref.table->level);
+	assert_true(HERE - ref.table->base < ctg_level_pages(ref.level + 1));
+	assert_int_equal(ref.index, entry_index(HERE, ref.level));
+	ctg_pte_unlock(mm, &ref);
+	return ref.entry;
+}
+
+/* How many atomics a walk to HERE has before it locks a table. */
+#define WALK_ATOMICS 4
+
+static void test_walks_meet_changes_at_every_step(void **state)
+{
+	struct world w;
+	struct ctg_mm *mm;
+	unsigned nth;
+
+	(void)state;
+	world_open(&w, 4);
+	mm = space_new(&w, 0);
+	for (unsigned c = 0; c < sizeof(changes) / sizeof(changes[0]); c++) {
+		for (nth = 1; interleave(mm, nth, changes[c], look_read); nth++)
+			;
+		/* Four levels, and a look at `recycled` before and after. */
+		assert_int_equal(nth, CTG_TABLE_LEVELS + 3);
+		for (nth = 1; nth <= WALK_ATOMICS; nth++)
+			interleave(mm, nth, changes[c], look_lock);
+	}
+	ctg_mm_destroy(mm, false);
+	world_close(&w);
+}
+
+/* A large frame goes, and its slot is RESERVED, or EMPTY, or split. */
+static void give_up(struct ctg_mm *mm)
+{
+	assert_int_equal(ctg_madvise_dontneed(mm, BASE, PAGES), 0);
+}
+static void unmap_all(struct ctg_mm *mm)
+{
+	assert_int_equal(ctg_munmap(mm, BASE, PAGES), 0);
+}
+static void split_all(struct ctg_mm *mm)
+{
+	assert_int_equal(ctg_pte_split_to(mm, BASE, 0), 0);
+}
+
+static void test_marks_meet_changes_at_every_step(void **state)
+{
+	static void (*const fn[])(struct ctg_mm * mm) = {give_up, unmap_all, split_all};
+	struct world w;
+	struct ctg_mm *mm;
+
+	(void)state;
+	world_open(&w, 4);
+	for (unsigned c = 0; c < 3; c++) {
+		for (unsigned nth = 1;; nth++) {
+			ctg_pfn_t pfn;
+			uint64_t entry;
+			bool met;
+
+			mm = space_large(&w, &pfn);
+			other.fn = fn[c];
+			other.mm = mm;
+			other.nth = nth;
+			ctg_mm_mark_accessed(mm, HERE, true);
+			met = other.nth == 0;
+			other.nth = 0;
+			entry = entry_of(mm, HERE);
+			/* No mark on what is not PRESENT, none lost on what is. */
+			if (met && c == 0)
+				assert_int_equal(entry, CTG_PTE_RESERVED | CTG_PTE_RIGHTS);
+			else if (met && c == 1)
+				assert_int_equal(entry, 0);
+			else if (met)
+				assert_int_equal(entry,
+					ctg_pte(pfn + 3, CTG_PTE_PRESENT | CTG_PTE_RIGHTS |
+								 CTG_PTE_YOUNG | CTG_PTE_DIRTY));
+			ctg_mm_destroy(mm, false);
+			world_check_clean(&w);
+			if (!met)
+				break;
+			assert_true(nth < 20);
+		}
+	}
+	world_close(&w);
+}
+
+static struct world *split_world;
+static struct ctg_mm *split_mm;
+
+static void *split_and_alloc(void *host, size_t bytes, size_t align)
+{
+	struct ctg_mm *mm = split_mm;
+
+	split_mm = NULL;
+	if (mm != NULL)
+		split_all(mm);
+	return split_world->port.meta_alloc(host, bytes, align);
+}
+
+/* Somebody else splits the large entry while we make the table to split it with. */
+static void test_split_meets_a_split(void **state)
+{
+	struct world w;
+	struct ctg_mm *mm;
+	ctg_pfn_t pfn;
+
+	(void)state;
+	world_open(&w, 4);
+	mm = space_large(&w, &pfn);
+	split_world = &w;
+	split_mm = mm;
+	w.ctg->port.meta_alloc = split_and_alloc;
+	assert_int_equal(ctg_pte_split_to(mm, BASE + 9, 0), 0);
+	w.ctg->port = w.port;
+	assert_null(split_mm);
+	assert_int_equal(word_of(&w, pfn), PAGES * CTG_WORD_MAP1);
+	assert_int_equal(tables_of(mm), 4);
+	assert_int_equal(level_of(mm, BASE), 0);
+	assert_non_null(mm->spare);
+	ctg_mm_destroy(mm, false);
+	world_close(&w);
+}
+
+/* ---- with real threads ------------------------------------------------------------------------
  */
 
 struct reader {
@@ -520,6 +734,9 @@ int main(void)
 		cmocka_unit_test(test_tables_are_used_again),
 		cmocka_unit_test(test_prune),
 		cmocka_unit_test(test_walk_meets_every_page_once),
+		cmocka_unit_test(test_walks_meet_changes_at_every_step),
+		cmocka_unit_test(test_marks_meet_changes_at_every_step),
+		cmocka_unit_test(test_split_meets_a_split),
 		cmocka_unit_test(test_readers_never_see_another_slot),
 	};
 
