@@ -84,6 +84,16 @@ static void settle_op(struct posix_space *space, const struct posix_op *op)
 		space->stall_max_ns = now - since;
 }
 
+/* It was converted or unmapped between the core's look at it and tlb_restrict: nothing is mapped over
+ * it, so the protection that tlb_restrict put on it must be taken off. */
+static void settle_skipped(struct posix_space *space, uint64_t addr, uint64_t bytes)
+{
+	if (posix_ranges_remove(space, &space->moving, addr, bytes) == UINT64_MAX)
+		return;
+	if (space->guard == POSIX_GUARD_UFFD && space->uffd >= 0)
+		posix_uffd_unprotect(space->uffd, addr, bytes);
+}
+
 /*
  * Carry out what is gathered. Only the very first operation of a call may fail: once a writer can
  * reach a new frame, putting the entries back would lose what it wrote.
@@ -174,8 +184,15 @@ static int space_sync(struct op_list *list, const struct ctg_vrange *ranges, siz
 
 			if (stop > end)
 				stop = end;
+			/* A chunk under conversion may be private already, although its bit does
+			 * not say so yet: only the conversion maps anything there. */
 			if (posix_chunk_private(space, chunk) ||
+				posix_ranges_overlap(space->exclusive, vpn << CTG_PAGE_SHIFT,
+					(stop - vpn) << CTG_PAGE_SHIFT) ||
 				ctg_mm_lookup(space->mm, vpn, stop - vpn, &m) != 0) {
+				if (list->settle)
+					settle_skipped(space, vpn << CTG_PAGE_SHIFT,
+						(stop - vpn) << CTG_PAGE_SHIFT);
 				vpn = stop;
 				continue;
 			}
@@ -183,6 +200,8 @@ static int space_sync(struct op_list *list, const struct ctg_vrange *ranges, siz
 				stop = m.vpn + m.nr;
 			if (!m.moving || m.prot == CTG_PROT_NONE)
 				ops_for_mapping(list, vpn, stop - vpn, &m);
+			else
+				space->behind = true;
 			vpn = stop;
 		}
 	}
@@ -288,8 +307,12 @@ int posix_tlb_restrict(void *host, struct ctg_mm *mm, const struct ctg_vrange *r
 		ret = 0;
 	else if (how == CTG_TLB_WRPROTECT)
 		ret = wrprotect(space, ranges, nr);
-	else
+	else {
+		space->refused.nr = 0;
 		ret = space_sync(&list, ranges, nr);
+	}
+	if (ret != 0)
+		space->refused = ranges[0];
 	pthread_mutex_unlock(&space->lock);
 	return ret;
 }
@@ -302,6 +325,21 @@ static void forget_moving(struct posix_space *space, const struct ctg_vrange *ra
 			ranges[i].nr << CTG_PAGE_SHIFT);
 }
 
+/*
+ * The core also calls tlb_install for a batch that tlb_restrict has refused. Its mapping is what it was,
+ * and the process perhaps does not answer (which is why it was refused): it must not be waited for.
+ * Only one batch of an mm moves at a time.
+ */
+static bool was_refused(struct posix_space *space, const struct ctg_vrange *ranges)
+{
+	bool refused = space->refused.nr != 0 && space->refused.vpn == ranges[0].vpn &&
+		       space->refused.nr == ranges[0].nr && !space->behind;
+
+	if (refused)
+		space->refused.nr = 0;
+	return refused;
+}
+
 int posix_tlb_install(void *host, struct ctg_mm *mm, const struct ctg_vrange *ranges, size_t nr)
 {
 	struct posix_space *space = ctg_mm_owner(mm);
@@ -311,7 +349,8 @@ int posix_tlb_install(void *host, struct ctg_mm *mm, const struct ctg_vrange *ra
 	(void)host;
 	pthread_mutex_lock(&space->lock);
 	list.must = space->unsettled > 0;
-	if (!space->dead) {
+	if (!space->dead && (list.must || !was_refused(space, ranges))) {
+		space->behind = false;
 		if (!list.must && posix_self_spoiled(space, ranges, nr))
 			ret = -CTG_ENOMEM;
 		else

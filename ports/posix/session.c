@@ -90,20 +90,24 @@ int session_check_request(uint64_t window, uint64_t window_bytes, const void *me
 /* ---- death ----------------------------------------------------------------------------------- */
 
 /*
- * Is the borrower's address space gone? An open /proc/PID/maps belongs to the address space it was
- * opened on, not to the process: it reads as empty exactly when nobody runs in that address space
- * any more. So it sees exit and exec, is not fooled by what is executed next (which may well map
- * the region again), and waits for vfork children. A process whose maps may not be read (it is not
- * dumpable) is waited for to its end.
+ * Is the borrower's address space gone? An open /proc/PID/maps or environ belongs to the address
+ * space it was opened on, not to the process: it reads as empty once nobody runs in that address
+ * space any more. So it sees exit and exec, is not fooled by what is executed next (which may well
+ * map the region again), and waits for vfork children. Once the process has been reaped maps
+ * answers -ESRCH, while environ still knows whether somebody (a vfork child) lives on; alone,
+ * environ would also be empty for a process that has unmapped its first stack. A process whose maps
+ * may not be read (it is not dumpable) is waited for to its end.
  */
 static bool session_gone(const struct session *session)
 {
 	struct pollfd p = {.fd = session->pidfd, .events = POLLIN};
 	char byte;
 
-	if (session->maps_fd >= 0)
-		return pread(session->maps_fd, &byte, 1, 0) == 0;
-	return poll(&p, 1, 0) == 1;
+	if (session->maps_fd < 0)
+		return poll(&p, 1, 0) == 1;
+	if (pread(session->maps_fd, &byte, 1, 0) > 0)
+		return false;
+	return session->environ_fd < 0 || pread(session->environ_fd, &byte, 1, 0) <= 0;
 }
 
 /*
@@ -185,15 +189,15 @@ static int agent_wait(
 
 	for (;;) {
 		uint64_t now = posix_now(NULL);
-		int timeout = -1, got;
+		int timeout = -1, got, n;
 
-		if (deadline != CTG_NO_DEADLINE) {
-			if (now >= deadline)
-				return -ETIMEDOUT;
-			timeout = (int)((deadline - now) / 1000000) + 1;
-		}
-		if (poll(p, 3, timeout) < 0)
-			continue; /* EINTR */
+		if (deadline != CTG_NO_DEADLINE)
+			timeout = now < deadline ? (int)((deadline - now) / 1000000) + 1 : 0;
+		n = poll(p, 3, timeout);
+		if (n == 0 && posix_now(NULL) >= deadline)
+			return -ETIMEDOUT;
+		if (n <= 0)
+			continue;
 		if (p[0].revents != 0) {
 			got = agent_receive(session, seq, ack);
 			if (got != 0)
@@ -241,14 +245,38 @@ static int session_lost(struct session *session)
 	return -CTG_ENOENT;
 }
 
+/* Has the process been stopped (by a signal or a debugger)? */
+static bool session_stopped(const struct session *session)
+{
+	char path[64], text[512], *at;
+	ssize_t n = -1;
+	int fd;
+
+	snprintf(path, sizeof(path), "/proc/%d/task/%d/stat", (int)session->pid,
+		(int)session->hello.agent_tids[0]);
+	fd = open(path, O_RDONLY | O_CLOEXEC);
+	if (fd >= 0) {
+		n = read(fd, text, sizeof(text) - 1);
+		close(fd);
+	}
+	if (n <= 0)
+		return false;
+	text[n] = '\0';
+	/* "tid (name) state ...", and the name may have brackets. */
+	at = strrchr(text, ')');
+	return at != NULL && (at[2] == 'T' || at[2] == 't');
+}
+
 /*
  * Does the agent answer? A ping that stays unanswered is not repeated: its answer, whenever it
- * comes, is as good as a new one's.
+ * comes, is as good as a new one's. A take-back asks for each of its batches, so the wait gets
+ * shorter with each miss, and one that is known to be stopped is not waited for again.
  */
 static int session_ping(struct posix_space *space)
 {
 	struct session *session = space->link;
 	struct proto_ack ack;
+	uint64_t wait;
 	int err = 0;
 
 	if (space->dead)
@@ -257,11 +285,17 @@ static int session_ping(struct posix_space *space)
 		return -CTG_EBUSY;
 	if (session->seq_sent == session->seq_acked)
 		err = agent_send(session, NULL, 0);
+	wait = SERVER_PING_NS >> session->missed;
+	if (session->missed != 0 && session_stopped(session))
+		wait = 0;
 	if (err == 0)
-		err = agent_wait(
-			session, session->seq_sent, posix_now(NULL) + SERVER_PING_NS, &ack);
+		err = agent_wait(session, session->seq_sent, posix_now(NULL) + wait, &ack);
 	if (err == -EPIPE)
 		session_break(session);
+	if (err == 0)
+		session->missed = 0;
+	else if (session->missed < SERVER_PING_HALVED)
+		session->missed++;
 	return err == 0 ? 0 : -CTG_EBUSY;
 }
 
@@ -604,11 +638,35 @@ static void session_finish(struct session *session)
 	home_kick(server);
 }
 
+/* A file of a process that says something now; -1: it may not be read, or is empty. */
+static int open_proc(pid_t pid, const char *name)
+{
+	char path[64], byte;
+	int fd;
+
+	snprintf(path, sizeof(path), "/proc/%d/%s", (int)pid, name);
+	fd = open(path, O_RDONLY | O_CLOEXEC);
+	if (fd >= 0 && pread(fd, &byte, 1, 0) != 1) {
+		close(fd);
+		fd = -1;
+	}
+	return fd;
+}
+
+static void session_close(const struct session *session)
+{
+	const int fds[] = {session->maps_fd, session->environ_fd, session->agent_fd,
+		session->space.uffd, session->pidfd, session->attached};
+
+	for (size_t i = 0; i < sizeof(fds) / sizeof(fds[0]); i++)
+		if (fds[i] >= 0)
+			close(fds[i]);
+}
+
 static struct session *session_new(struct connection *connection, const struct proto_hello *hello)
 {
 	struct ctg_server *server = connection->server;
 	struct session *session = calloc(1, sizeof(*session));
-	char path[64];
 
 	if (session == NULL)
 		return NULL;
@@ -619,17 +677,12 @@ static struct session *session_new(struct connection *connection, const struct p
 	session->call_fd = connection->fd;
 	session->agent_fd = -1;
 	session->space.uffd = -1;
-	snprintf(path, sizeof(path), "/proc/%d/maps", (int)session->pid);
-	session->maps_fd = open(path, O_RDONLY | O_CLOEXEC);
+	session->maps_fd = open_proc(session->pid, "maps");
+	session->environ_fd = open_proc(session->pid, "environ");
 	session->pidfd = (int)syscall(SYS_pidfd_open, session->pid, 0);
 	session->attached = eventfd(0, EFD_CLOEXEC);
 	if (session->pidfd < 0 || session->attached < 0) {
-		if (session->maps_fd >= 0)
-			close(session->maps_fd);
-		if (session->pidfd >= 0)
-			close(session->pidfd);
-		if (session->attached >= 0)
-			close(session->attached);
+		session_close(session);
 		free(session);
 		return NULL;
 	}
@@ -655,14 +708,7 @@ static void session_free(struct session *session)
 	server->nr_sessions--;
 	pthread_cond_broadcast(&server->changed);
 	pthread_mutex_unlock(&server->lock);
-	if (session->maps_fd >= 0)
-		close(session->maps_fd);
-	if (session->agent_fd >= 0)
-		close(session->agent_fd);
-	if (session->space.uffd >= 0)
-		close(session->space.uffd);
-	close(session->pidfd);
-	close(session->attached);
+	session_close(session);
 	free(session);
 }
 

@@ -91,6 +91,9 @@ struct posix_space {
 	bool stopped;     /* POSIX_GUARD_STOP: its threads are stopped now */
 	unsigned guarded; /* POSIX_GUARD_STOP: posix_guard_protect without its release */
 	unsigned unsettled; /* tlb_install calls that failed and will be called again: may not fail */
+	struct ctg_vrange refused; /* the first range of a batch that tlb_restrict has refused and that
+				      tlb_install will be called for; nr 0: none */
+	bool behind; /* a moving entry that has changed was left to its migration's tlb_install */
 	struct posix_range *spare; /* so that a range can be split without memory */
 	/* Under lock. Whoever sets it broadcasts settled: posix_space_set_dead. Mapping operations are
 	 * then left out; frames come back with posix_space_destroy. */

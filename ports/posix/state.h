@@ -20,6 +20,7 @@
 
 #define SERVER_MAX_CONNECTIONS 1024
 #define SERVER_PING_NS 250000000ull
+#define SERVER_PING_HALVED 5 /* so often */
 #define SERVER_COMM_BYTES 17
 
 struct connection {
@@ -41,16 +42,17 @@ struct session {
 	pid_t pid;
 	char comm[SERVER_COMM_BYTES];
 	int pidfd;
-	int maps_fd;   /* its /proc/PID/maps; -1: may not be read. See session_gone. */
-	int call_fd;   /* the connection's, valid as long as the session */
-	int attached;  /* eventfd: the agent has come */
-	bool ready;    /* the space exists; server->lock */
-	unsigned refs; /* users other than the CALL thread; server->lock */
+	int maps_fd, environ_fd; /* its /proc/PID/...; -1: may not be read. See session_gone. */
+	int call_fd;             /* the connection's, valid as long as the session */
+	int attached;            /* eventfd: the agent has come */
+	bool ready;              /* the space exists; server->lock */
+	unsigned refs;           /* users other than the CALL thread; server->lock */
 	struct proto_hello hello;
 
 	/* The agent's: set before `ready`, then under space.lock. */
 	int agent_fd;
 	uint64_t seq_sent, seq_acked;
+	unsigned missed; /* pings in a row without an answer, at most SERVER_PING_HALVED */
 	bool broken; /* the agent cannot be reached any more */
 
 	struct posix_space space;

@@ -16,6 +16,7 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdlib.h>
@@ -30,6 +31,7 @@
 #include <unistd.h>
 
 #define STOP_TIMEOUT_NS UINT64_C(500000000)
+#define STOP_REAP_MS 10
 #define STOP_MAX_THREADS 65536u
 
 #ifndef PTRACE_EVENT_STOP
@@ -60,6 +62,7 @@ struct stop_thread {
 	pid_t pid, tid; /* tid 0: gone */
 	int signal;     /* was about to be delivered; goes along when the thread does */
 	bool stopped;
+	bool dying; /* killed, not reaped yet: see thread_resume */
 };
 
 /* Its memory is a mapping made before the fork. */
@@ -114,35 +117,72 @@ static void thread_poll(struct stop_thread *thread)
 		thread->signal = WSTOPSIG(status);
 }
 
+/*
+ * A thread that has been killed while it was stopped must be reaped here, or its process's parent
+ * never hears of the end. The leader can be reaped only after all others, also those never traced,
+ * have gone; that is waited for here, and what takes longer is done later (reap_dying).
+ */
 static void thread_resume(struct stop_thread *thread)
 {
 	uint64_t deadline = stop_now() + STOP_TIMEOUT_NS;
 
 	while (thread->tid != 0) {
-		if (ptrace(PTRACE_DETACH, thread->tid, NULL, (void *)(long)thread->signal) == 0)
-			break;
-		/* It has not stopped yet, or somebody has killed it: then it must be reaped here.
-		 */
+		if (ptrace(PTRACE_DETACH, thread->tid, NULL, (void *)(long)thread->signal) == 0) {
+			thread->tid = 0;
+			return;
+		}
+		/* It has not stopped yet, or somebody has killed it. */
+		thread->stopped = false;
 		thread_poll(thread);
-		if (thread->tid != 0 && !thread->stopped && !stop_wait(deadline))
-			break;
-		if (stop_now() >= deadline)
-			break;
+		if (thread->tid != 0 && !thread->stopped && !stop_wait(deadline)) {
+			thread->dying = true;
+			return;
+		}
 	}
-	thread->tid = 0;
 }
 
-static void process_resume(struct stop_state *state, pid_t pid)
+static void threads_compact(struct stop_state *state)
 {
 	uint32_t kept = 0;
 
 	for (uint32_t i = 0; i < state->nr; i++)
-		if (state->thread[i].pid == pid)
-			thread_resume(&state->thread[i]);
-	for (uint32_t i = 0; i < state->nr; i++)
 		if (state->thread[i].tid != 0)
 			state->thread[kept++] = state->thread[i];
 	state->nr = kept;
+}
+
+static void process_resume(struct stop_state *state, pid_t pid)
+{
+	struct stop_thread *leader = NULL;
+
+	for (uint32_t i = 0; i < state->nr; i++) {
+		struct stop_thread *thread = &state->thread[i];
+
+		if (thread->pid != pid || thread->dying)
+			continue;
+		if (thread->tid == pid)
+			leader = thread;
+		else
+			thread_resume(thread);
+	}
+	if (leader != NULL)
+		thread_resume(leader);
+	threads_compact(state);
+}
+
+/* true: some are left. */
+static bool reap_dying(struct stop_state *state)
+{
+	bool left = false;
+
+	for (uint32_t i = 0; i < state->nr; i++) {
+		if (!state->thread[i].dying)
+			continue;
+		thread_poll(&state->thread[i]);
+		left = left || state->thread[i].tid != 0;
+	}
+	threads_compact(state);
+	return left;
 }
 
 static struct stop_thread *thread_find(struct stop_state *state, pid_t tid)
@@ -228,7 +268,8 @@ static int wait_stopped(struct stop_state *state, pid_t pid, uint64_t deadline)
 		for (uint32_t i = 0; i < state->nr; i++) {
 			struct stop_thread *thread = &state->thread[i];
 
-			if (thread->pid != pid || thread->tid == 0 || thread->stopped)
+			if (thread->pid != pid || thread->tid == 0 || thread->stopped ||
+				thread->dying)
 				continue;
 			thread_poll(thread);
 			all = all && (thread->tid == 0 || thread->stopped);
@@ -248,7 +289,7 @@ static int process_stop(struct stop_state *state, const struct stop_command *com
 	int ret = 0;
 
 	for (uint32_t i = 0; i < state->nr; i++)
-		if (state->thread[i].pid == command->pid)
+		if (state->thread[i].pid == command->pid && !state->thread[i].dying)
 			return 0;
 	while (ret == 0 && found > 0) {
 		ret = seize_new(state, command, &found);
@@ -276,8 +317,13 @@ static void stopper_main(struct stop_state *state)
 		_exit(1);
 	state->fd = 0;
 	for (;;) {
-		ssize_t n = recv(state->fd, &command, sizeof(command), 0);
+		struct pollfd p = {.fd = state->fd, .events = POLLIN};
 		int32_t ret = 0;
+		ssize_t n;
+
+		if (poll(&p, 1, reap_dying(state) ? STOP_REAP_MS : -1) <= 0)
+			continue;
+		n = recv(state->fd, &command, sizeof(command), 0);
 
 		if (n < 0 && errno == EINTR)
 			continue;
