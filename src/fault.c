@@ -17,8 +17,7 @@ struct fill {
 	int error; /* the first that an installation returned; that run has been taken back */
 };
 
-/* ---- taking a run back ------------------------------------------------------------------------
- */
+/* ---- taking a run back ----------------------------------------------------------------------- */
 
 /* Which pages of a run somebody has written to, from vpn on: as long as they agree. */
 static uint64_t written_run(struct ctg_mm *mm, ctg_vpn_t vpn, ctg_vpn_t end, bool *written)
@@ -83,8 +82,7 @@ static void fill_install(struct fill *fill)
 	fill->nr = 0;
 }
 
-/* ---- mapping new frames -----------------------------------------------------------------------
- */
+/* ---- mapping new frames ---------------------------------------------------------------------- */
 
 /* Say whose a new frame is. Its only holder is the allocation's reference, or a stranger's glance.
  */
@@ -235,8 +233,7 @@ static int fill_some(
 /* Pages that populate backs before it lets others take mm->lock. */
 #define FILL_PAGES 4096
 
-/* ---- populate ---------------------------------------------------------------------------------
- */
+/* ---- populate -------------------------------------------------------------------------------- */
 
 static uint64_t present_pages(const struct ctg_mm *mm, ctg_vpn_t vpn, ctg_vpn_t end)
 {
@@ -306,8 +303,7 @@ int ctg_mm_populate(struct ctg_mm *mm, ctg_vpn_t vpn, uint64_t nr, uint64_t *nr_
 	return ret;
 }
 
-/* ---- faults -----------------------------------------------------------------------------------
- */
+/* ---- faults ---------------------------------------------------------------------------------- */
 
 /*
  * The largest frame that suits: a large one if the slot has nothing yet, else one page. mm->lock

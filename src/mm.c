@@ -87,8 +87,7 @@ struct ctg *ctg_mm_machine(const struct ctg_mm *mm)
 	return mm->ctg;
 }
 
-/* ---- ranges -----------------------------------------------------------------------------------
- */
+/* ---- ranges ---------------------------------------------------------------------------------- */
 
 bool ctg_mm_range_valid(const struct ctg_mm *mm, ctg_vpn_t vpn, uint64_t nr)
 {
@@ -143,8 +142,7 @@ static int split_edges(struct ctg_mm *mm, ctg_vpn_t vpn, ctg_vpn_t end)
 	return ret != 0 ? ret : split_at(mm, end);
 }
 
-/* ---- mmap and munmap --------------------------------------------------------------------------
- */
+/* ---- mmap and munmap ------------------------------------------------------------------------- */
 
 static bool range_empty(const struct ctg_mm *mm, ctg_vpn_t vpn, ctg_vpn_t end)
 {
@@ -221,8 +219,7 @@ int ctg_madvise_dontneed(struct ctg_mm *mm, ctg_vpn_t vpn, uint64_t nr)
 	return unmap(mm, vpn, nr, true);
 }
 
-/* ---- mprotect ---------------------------------------------------------------------------------
- */
+/* ---- mprotect -------------------------------------------------------------------------------- */
 
 /* Rights as they were, to go back to when the port cannot widen the mapping. */
 struct old_rights {
@@ -339,8 +336,7 @@ int ctg_mprotect(struct ctg_mm *mm, ctg_vpn_t vpn, uint64_t nr, unsigned prot)
 	return ret;
 }
 
-/* ---- what is there ----------------------------------------------------------------------------
- */
+/* ---- what is there --------------------------------------------------------------------------- */
 
 /* The bits of an entry in which the pages of a run agree. */
 #define ALIKE (CTG_PTE_PRESENT | CTG_PTE_RESERVED | CTG_PTE_RIGHTS | CTG_PTE_MOVING)

@@ -41,8 +41,7 @@ static ctg_vpn_t table_base(ctg_vpn_t vpn, unsigned level)
 	return vpn & ~(ctg_level_pages(level + 1) - 1);
 }
 
-/* ---- tables in and out of the tree ------------------------------------------------------------
- */
+/* ---- tables in and out of the tree ----------------------------------------------------------- */
 
 static struct ctg_table *spare_pop(struct ctg_mm *mm)
 {
@@ -129,8 +128,7 @@ void ctg_pt_destroy(struct ctg_mm *mm)
 	mm->root = NULL;
 }
 
-/* ---- reading and locking ----------------------------------------------------------------------
- */
+/* ---- reading and locking --------------------------------------------------------------------- */
 
 /*
  * Find the entry that governs vpn without a lock: where it is, what it said, at which level.
@@ -266,28 +264,27 @@ void ctg_pte_walk_stop(struct ctg_pte_walk *walk)
 	walk->locked = false;
 }
 
-/* ---- changing ---------------------------------------------------------------------------------
- */
+/* ---- changing -------------------------------------------------------------------------------- */
 
 void ctg_pte_set(struct ctg_pte_ref *ref, uint64_t entry)
 {
 	const uint64_t marks = CTG_PTE_YOUNG | CTG_PTE_DIRTY;
 	struct ctg_word64 *word = &ref->table->entry[ref->index];
 	uint64_t old = ctg_load64_relaxed(word);
-	uint64_t new;
+	uint64_t value;
 
 	CTG_ASSERT(((entry | old) & CTG_PTE_TABLE) == 0);
 	CTG_ASSERT(entry == 0 || (entry & (CTG_PTE_PRESENT | CTG_PTE_RESERVED)) != 0);
 	do {
-		new = entry;
+		value = entry;
 		if ((entry & old & CTG_PTE_PRESENT) != 0)
-			new |= marks &old & ~ref->entry;
-	} while (!ctg_cas64_acq_rel(word, &old, new));
-	if (old == 0 && new != 0)
+			value |= old & marks & ~ref->entry;
+	} while (!ctg_cas64_acq_rel(word, &old, value));
+	if (old == 0 && value != 0)
 		ref->table->used++;
-	if (old != 0 && new == 0)
+	if (old != 0 && value == 0)
 		ref->table->used--;
-	ref->entry = new;
+	ref->entry = value;
 }
 
 void ctg_pte_set_table(struct ctg_mm *mm, struct ctg_pte_ref *ref, struct ctg_table *table)
@@ -357,12 +354,13 @@ static int split_once(struct ctg_mm *mm, ctg_vpn_t vpn, unsigned level, struct c
 	int ret = 0;
 
 	ctg_pte_lock(mm, vpn, &ref);
-	if (ref.level <= level || ref.level != table->level + 1) {
-		ret = ref.level <= level ? 0 : -CTG_EAGAIN;
+	if (ref.level <= level) {
 		ctg_pte_unlock(mm, &ref);
 		ctg_table_free(mm, table);
-		return ret;
+		return 0;
 	}
+	/* Only PRESENT entries, which are of level 1, are split without mm->lock. */
+	CTG_ASSERT(ref.level == table->level + 1);
 	pfn = ctg_pte_pfn(ref.entry);
 	if ((ref.entry & CTG_PTE_PRESENT) != 0) {
 		CTG_ASSERT(ref.level == 1);
@@ -399,8 +397,7 @@ int ctg_pte_split_to(struct ctg_mm *mm, ctg_vpn_t vpn, unsigned level)
 	return ret;
 }
 
-/* ---- pruning ----------------------------------------------------------------------------------
- */
+/* ---- pruning --------------------------------------------------------------------------------- */
 
 /* What one entry could say in place of the table. Its lock is held. */
 static bool table_uniform(const struct ctg_table *table, uint64_t *entry)

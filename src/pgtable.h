@@ -10,8 +10,8 @@
  *   RESERVED  RESERVED | rights                   no frame yet; at level 1 or 2 for a whole slot
  *   PRESENT   PRESENT | rights | state | pfn      level 0: one page; level 1: a frame of order 9
  *
- * An entry changes only under its table's lock, except that YOUNG and DIRTY are set by an atomic or.
- * It is read without a lock. MOVING is set by migration on a PRESENT entry: reads go on, writes
+ * An entry changes only under its table's lock, except that YOUNG and DIRTY are set by an atomic
+ * without it. It is read without a lock. MOVING is set by migration on a PRESENT entry: reads go on, writes
  * fault and wait on mm->moved.
  *
  * Tables are never freed before their mm, so a reader without a lock never touches freed memory.
@@ -173,8 +173,8 @@ void ctg_pte_set_table(struct ctg_mm *mm, struct ctg_pte_ref *ref, struct ctg_ta
  */
 int ctg_pte_split_to(struct ctg_mm *mm, ctg_vpn_t vpn, unsigned level);
 /*
- * Take the tables that cover pages of [vpn, end) out of the tree whose entries are all EMPTY, or all
- * RESERVED with the same rights (one RESERVED entry replaces those). mm->lock held.
+ * Of the tables that cover pages of [vpn, end), take those out of the tree whose entries are all
+ * EMPTY, or all RESERVED with the same rights (one RESERVED entry replaces those). mm->lock held.
  */
 void ctg_pte_prune(struct ctg_mm *mm, ctg_vpn_t vpn, ctg_vpn_t end);
 int ctg_pt_init(struct ctg_mm *mm);
@@ -210,7 +210,7 @@ void ctg_anons_destroy(struct ctg *ctg);
  * longer mapped. Unlock with ctg_unlock.
  */
 struct ctg_anon *ctg_anon_lock(struct ctg *ctg, ctg_pfn_t pfn);
-/* The head of a frame that is mapped (the caller knows that it stays mapped): its word has the count. */
+/* The head, whose word has the counts, of a frame that the caller knows to stay mapped. */
 ctg_pfn_t ctg_frame_head(struct ctg *ctg, ctg_pfn_t pfn);
 
 #endif

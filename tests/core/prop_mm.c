@@ -48,8 +48,7 @@ static uint64_t rnd(struct model *m, uint64_t below)
 	return (m->random >> 16) % below;
 }
 
-/* ---- failures ---------------------------------------------------------------------------------
- */
+/* ---- failures -------------------------------------------------------------------------------- */
 
 static const enum ctg_sim_hook failing[] = {
 	CTG_SIM_META_ALLOC, CTG_SIM_ZERO, CTG_SIM_INSTALL, CTG_SIM_COPY, CTG_SIM_RESTRICT};
@@ -86,8 +85,7 @@ static bool memory_short(struct model *m, const struct space *s)
 	return s->map_order != 0 ? large == 0 : stat.nr_free + stat.nr_pcp == 0;
 }
 
-/* ---- operations -------------------------------------------------------------------------------
- */
+/* ---- operations ------------------------------------------------------------------------------ */
 
 static struct ctg_vrange random_range(struct model *m, const struct space *s)
 {
@@ -324,8 +322,7 @@ static void step(struct model *m)
 	}
 }
 
-/* ---- what must hold ---------------------------------------------------------------------------
- */
+/* ---- what must hold -------------------------------------------------------------------------- */
 
 /* Compare each entry of a space with the model, and count who maps which frame. */
 static uint64_t check_entries(struct model *m, const struct space *s)

@@ -116,4 +116,46 @@ static inline unsigned char get_byte(struct world *w, struct ctg_mm *mm, ctg_vpn
 	return byte;
 }
 
+static inline struct ctg_mm_stat stat_of(struct ctg_mm *mm)
+{
+	struct ctg_mm_stat stat;
+
+	ctg_mm_stat(mm, &stat);
+	return stat;
+}
+
+static inline struct ctg_counters counters_of(struct world *w)
+{
+	struct ctg_counters counters;
+
+	ctg_counters_read(w->ctg, &counters);
+	return counters;
+}
+
+static inline uint64_t entry_of(const struct ctg_mm *mm, ctg_vpn_t vpn)
+{
+	unsigned level;
+
+	return ctg_pte_read(mm, vpn, &level);
+}
+
+/* Set or clear bits of an entry, as migration would. */
+static inline void change_entry(struct ctg_mm *mm, ctg_vpn_t vpn, uint64_t set, uint64_t clear)
+{
+	struct ctg_pte_ref ref;
+
+	ctg_pte_lock(mm, vpn, &ref);
+	ctg_pte_set(&ref, (ref.entry | set) & ~clear);
+	ctg_pte_unlock(mm, &ref);
+}
+
+static inline void mapped(struct ctg_mm *mm, ctg_vpn_t vpn, uint64_t nr, unsigned prot)
+{
+	uint64_t present;
+
+	assert_int_equal(ctg_mmap(mm, vpn, nr, prot), 0);
+	assert_int_equal(ctg_mm_populate(mm, vpn, nr, &present), 0);
+	assert_int_equal(present, nr);
+}
+
 #endif

@@ -33,13 +33,6 @@ static unsigned level_of(const struct ctg_mm *mm, ctg_vpn_t vpn)
 	return level;
 }
 
-static uint64_t entry_of(const struct ctg_mm *mm, ctg_vpn_t vpn)
-{
-	unsigned level;
-
-	return ctg_pte_read(mm, vpn, &level);
-}
-
 static uint64_t tables_of(struct ctg_mm *mm)
 {
 	struct ctg_mm_stat stat;
@@ -455,8 +448,7 @@ static void test_walk_meets_every_page_once(void **state)
 	world_close(&w);
 }
 
-/* ---- tables that move while others look -------------------------------------------------------
- */
+/* ---- tables that move while others look ------------------------------------------------------ */
 
 #define HERE (BASE + 3)
 #define THERE (BASE + ctg_level_pages(3) + 3)
@@ -643,8 +635,7 @@ static void test_split_meets_a_split(void **state)
 	world_close(&w);
 }
 
-/* ---- with real threads ------------------------------------------------------------------------
- */
+/* ---- with real threads ----------------------------------------------------------------------- */
 
 struct reader {
 	struct ctg_mm *mm;

@@ -1,8 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 #include "space.h"
 
-/* ---- what the port sees -----------------------------------------------------------------------
- */
+/* ---- what the port sees ---------------------------------------------------------------------- */
 
 #define CALLS_MAX 64
 struct call {
@@ -55,8 +54,7 @@ static uint64_t helped(struct world *w)
 	return counters.batches_helped;
 }
 
-/* ---- order and bounds -------------------------------------------------------------------------
- */
+/* ---- order and bounds ------------------------------------------------------------------------ */
 
 static void test_clear_invalidate_drop(void **state)
 {
@@ -209,8 +207,7 @@ static void test_unmap_leaves_rights_in_reserve(void **state)
 	world_close(&w);
 }
 
-/* ---- helping ----------------------------------------------------------------------------------
- */
+/* ---- helping --------------------------------------------------------------------------------- */
 
 /* Clear the entry of vpn into the batch, and leave it there: as an munmap that was interrupted. */
 static void clear_into_batch(struct ctg_mm *mm, ctg_vpn_t vpn)
