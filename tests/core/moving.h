@@ -88,7 +88,7 @@ static inline ctg_pfn_t pfn_of(struct ctg_mm *mm, ctg_vpn_t vpn)
 	return lookup(mm, vpn, 1).pfn;
 }
 
-static inline uint64_t entry_of(struct ctg_mm *mm, ctg_vpn_t vpn)
+static inline uint64_t raw_entry(struct ctg_mm *mm, ctg_vpn_t vpn)
 {
 	unsigned level;
 
@@ -245,7 +245,7 @@ static inline struct before *before_take(
 	b->entry = calloc(nr, sizeof(*b->entry));
 	assert_non_null(b->entry);
 	for (uint64_t i = 0; i < nr; i++)
-		b->entry[i] = entry_of(mm, vpn + i);
+		b->entry[i] = raw_entry(mm, vpn + i);
 	b->words = used_words(w->zone);
 	return b;
 }
@@ -268,7 +268,7 @@ static inline void before_check(
 	assert_true(more <= spare_tables * sizeof(struct ctg_table));
 	assert_int_equal(ctg_load64_relaxed(&mm->nr_tables), b->nr_tables);
 	for (uint64_t i = 0; i < b->nr; i++)
-		assert_int_equal(entry_of(mm, b->vpn + i), b->entry[i]);
+		assert_int_equal(raw_entry(mm, b->vpn + i), b->entry[i]);
 	assert_memory_equal(words, b->words, 2 * w->zone->nr * sizeof(*words));
 	for (uint64_t i = 0; i < b->nr; i++)
 		if ((b->entry[i] & CTG_PTE_PRESENT) != 0)
