@@ -360,16 +360,18 @@ static void region_ended(void)
 static int run_command(struct ctg_client *client, const char **command)
 {
 	struct cli_child child;
-	int status = set_environment();
+	int status = set_environment(), error;
 
 	if (status)
 		return status;
-	if (cli_child_start(&child, command, let_through, NULL) != 0)
-		return cli_fail(EXIT_FAILED, "cannot start a process: %s", strerror(errno));
+	error = cli_child_start(&child, command, let_through, NULL, false);
+	if (error)
+		return cli_fail(EXIT_FAILED, "cannot start a process: %s", strerror(-error));
 	status = cli_child_go(&child, "go");
-	if (status)
-		return status;
-	return cli_child_wait(&child, ctg_client_fd(client), region_ended);
+	if (status == 0)
+		status = cli_child_wait(&child, ctg_client_fd(client), region_ended);
+	cli_child_end(&child);
+	return status;
 }
 
 /* A socket that descriptors can go through. */

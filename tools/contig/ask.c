@@ -90,7 +90,9 @@ int cli_call(struct ctg_client *client, json_t *request, json_t **answer, int *f
 	if (json_is_true(json_object_get(*answer, "ok")))
 		return EXIT_OK;
 	rc = (int)json_integer_value(json_object_get(*answer, "error"));
-	return cli_fail(status_of(rc), "%s", cli_string(*answer, "text"));
+	/* -ENOENT here is a lease or block that is not there; the region is. */
+	return cli_fail(
+		rc == -ENOENT ? EXIT_FAILED : status_of(rc), "%s", cli_string(*answer, "text"));
 }
 
 int cli_ask(const char *name, json_t *request, json_t **answer)

@@ -2,9 +2,13 @@
 /*
  * A program that contig runs: made early, let go when there is something for it to use.
  *
- * It is forked while contig has one thread, because what prepares it (the seccomp filter) may
- * allocate. It stays in contig's process group, so that the terminal treats both as one job;
- * signals that were sent to contig alone are passed on.
+ *   contig --- keeper --- program --- what it starts
+ *
+ * The program is forked while contig has one thread, because what prepares it (the seccomp filter)
+ * may allocate. It stays in contig's process group, so that the terminal treats all as one job;
+ * signals that were sent to contig alone are passed on. The keeper is the one to whom orphans fall:
+ * it knows when the last process that the program has started is gone, also if the program was a
+ * daemon that forked and left.
  */
 #include "cli.h"
 #include <errno.h>
@@ -12,6 +16,7 @@
 #include <poll.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/prctl.h>
 #include <sys/signalfd.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -26,16 +31,21 @@ struct failure {
 	int error;  /* errno of exec; 0: already said */
 };
 
-static const int passed_on[] = {
-	SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2, SIGCONT, SIGWINCH, SIGCHLD};
+static void passed_set(sigset_t *set)
+{
+	static const int passed_on[] = {
+		SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2, SIGCONT, SIGWINCH};
+
+	sigemptyset(set);
+	for (size_t i = 0; i < sizeof(passed_on) / sizeof(passed_on[0]); i++)
+		sigaddset(set, passed_on[i]);
+}
 
 static void block_signals(sigset_t *before)
 {
 	sigset_t set;
 
-	sigemptyset(&set);
-	for (size_t i = 0; i < sizeof(passed_on) / sizeof(passed_on[0]); i++)
-		sigaddset(&set, passed_on[i]);
+	passed_set(&set);
 	sigprocmask(SIG_BLOCK, &set, before);
 }
 
@@ -68,29 +78,114 @@ __attribute__((noreturn)) static void become(
 	_exit(failure.status);
 }
 
-int cli_child_start(struct cli_child *child, const char **argv, cli_prepare prepare, void *arg)
+/* What the keeper tells: first pid, then how it ended, then nothing more: the end of the pipe. */
+struct news {
+	pid_t pid;
+	int raw; /* as wait(2) gives it */
+};
+
+/* In the keeper: tell of the program's end; stay until nothing it started is left. */
+__attribute__((noreturn)) static void keep(pid_t program, int news_fd, bool all)
 {
-	int ends[2];
+	struct news news = {.pid = program};
+	int raw;
 
-	if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, ends) != 0)
+	prctl(PR_SET_NAME, "contig-keeper");
+	if (write(news_fd, &news, sizeof(news)) < 0)
+		_exit(1);
+	for (;;) {
+		pid_t pid = waitpid(-1, &raw, 0);
+
+		if (pid < 0 && errno == EINTR)
+			continue;
+		if (pid < 0)
+			break;
+		news.raw = raw;
+		if (pid == program && (write(news_fd, &news, sizeof(news)) < 0 || !all))
+			break;
+	}
+	_exit(0);
+}
+
+/* In the child of contig: fork the program, become its keeper. */
+__attribute__((noreturn)) static void become_keeper(struct cli_child *child, int gate, int news_fd,
+	const char **argv, cli_prepare prepare, void *arg, bool all)
+{
+	sigset_t none;
+	pid_t pid;
+
+	if (all)
+		prctl(PR_SET_CHILD_SUBREAPER, 1);
+	pid = fork();
+	if (pid == 0) {
+		close(news_fd);
+		become(gate, &child->before, argv, prepare, arg);
+	}
+	if (pid < 0)
+		_exit(1);
+	close(gate);
+	/* What the terminal sends is for the program; contig's death ends this too. */
+	sigfillset(&none);
+	sigprocmask(SIG_SETMASK, &none, NULL);
+	prctl(PR_SET_PDEATHSIG, SIGKILL);
+	keep(pid, news_fd, all);
+}
+
+static int read_news(const struct cli_child *child, struct news *news)
+{
+	ssize_t n;
+
+	do
+		n = read(child->news, news, sizeof(*news));
+	while (n < 0 && errno == EINTR);
+	return n == (ssize_t)sizeof(*news) ? 0 : -EIO;
+}
+
+int cli_child_start(
+	struct cli_child *child, const char **argv, cli_prepare prepare, void *arg, bool all)
+{
+	int gate[2], pipe[2], error = 0;
+	struct news news;
+
+	if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, gate) != 0)
 		return -errno;
+	if (pipe2(pipe, O_CLOEXEC) != 0) {
+		error = -errno;
+		close(gate[0]);
+		close(gate[1]);
+		return error;
+	}
 	block_signals(&child->before);
-	child->pid = fork();
-	if (child->pid < 0) {
-		int error = errno;
+	child->keeper = fork();
+	if (child->keeper == 0) {
+		close(gate[0]);
+		close(pipe[0]);
+		become_keeper(child, gate[1], pipe[1], argv, prepare, arg, all);
+	}
+	if (child->keeper < 0)
+		error = -errno;
+	close(gate[1]);
+	close(pipe[1]);
+	child->gate = gate[0];
+	child->news = pipe[0];
+	if (error == 0 && read_news(child, &news) != 0)
+		error = -EAGAIN; /* the keeper could not fork */
+	child->pid = error ? -1 : news.pid;
+	if (error)
+		cli_child_end(child);
+	return error;
+}
 
-		sigprocmask(SIG_SETMASK, &child->before, NULL);
-		close(ends[0]);
-		close(ends[1]);
-		return -error;
+void cli_child_end(struct cli_child *child)
+{
+	if (child->gate >= 0)
+		close(child->gate);
+	close(child->news);
+	if (child->keeper > 0) {
+		kill(child->keeper, SIGKILL);
+		waitpid(child->keeper, NULL, 0);
 	}
-	if (child->pid == 0) {
-		close(ends[0]);
-		become(ends[1], &child->before, argv, prepare, arg);
-	}
-	close(ends[1]);
-	child->gate = ends[0];
-	return 0;
+	child->gate = child->news = child->keeper = -1;
 }
 
 int cli_child_go(struct cli_child *child, const char *message)
@@ -108,20 +203,9 @@ int cli_child_go(struct cli_child *child, const char *message)
 	child->gate = -1;
 	if (n != (ssize_t)sizeof(failure))
 		return 0; /* exec has closed its end */
-	waitpid(child->pid, NULL, 0);
-	child->pid = -1;
 	if (failure.error)
 		cli_note("cannot execute the program: %s", strerror(failure.error));
 	return failure.status;
-}
-
-void cli_child_abandon(struct cli_child *child)
-{
-	if (child->gate >= 0)
-		close(child->gate);
-	if (child->pid > 0)
-		waitpid(child->pid, NULL, 0);
-	sigprocmask(SIG_SETMASK, &child->before, NULL);
 }
 
 /* What the terminal sends goes to the whole group: the program has it already. */
@@ -132,50 +216,46 @@ static void pass_on(const struct cli_child *child, const struct signalfd_siginfo
 	kill(child->pid, (int)info->ssi_signo);
 }
 
-/* true: the child has ended, *status is its exit status. */
-static bool ended(const struct cli_child *child, int *status)
-{
-	int raw;
-
-	if (waitpid(child->pid, &raw, WNOHANG) != child->pid)
-		return false;
-	*status = WIFSIGNALED(raw) ? 128 + WTERMSIG(raw) : WEXITSTATUS(raw);
-	return true;
-}
-
 int cli_child_wait(struct cli_child *child, int extra_fd, void (*hangup)(void))
 {
 	struct signalfd_siginfo info;
-	struct pollfd wait[2];
+	struct pollfd wait[3];
+	struct news news;
 	sigset_t set;
-	int status;
 
-	sigemptyset(&set);
-	for (size_t i = 0; i < sizeof(passed_on) / sizeof(passed_on[0]); i++)
-		sigaddset(&set, passed_on[i]);
+	passed_set(&set);
 	wait[0] = (struct pollfd){
 		.fd = signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK), .events = POLLIN};
 	wait[1] = (struct pollfd){.fd = extra_fd, .events = POLLRDHUP};
-	if (wait[0].fd < 0) {
-		cli_note("signals will not be passed on: %s", strerror(errno));
-		waitpid(child->pid, &status, 0);
-		return WIFSIGNALED(status) ? 128 + WTERMSIG(status) : WEXITSTATUS(status);
-	}
-	while (!ended(child, &status)) {
-		if (poll(wait, 2, -1) < 0 && errno != EINTR)
+	wait[2] = (struct pollfd){.fd = child->news, .events = POLLIN};
+	while (wait[2].revents == 0) {
+		if (poll(wait, 3, -1) < 0 && errno != EINTR)
 			break;
-		while (read(wait[0].fd, &info, sizeof(info)) == (ssize_t)sizeof(info)) {
-			if (info.ssi_signo != SIGCHLD)
-				pass_on(child, &info);
-		}
+		while (read(wait[0].fd, &info, sizeof(info)) == (ssize_t)sizeof(info))
+			pass_on(child, &info);
 		if (wait[1].revents) {
 			wait[1].fd = -1;
 			hangup();
 		}
 	}
 	close(wait[0].fd);
-	child->pid = -1;
-	return status;
+	if (read_news(child, &news) != 0)
+		return cli_fail(
+			EXIT_RUN_FAILED, "lost sight of the program: its keeper was killed");
+	return WIFSIGNALED(news.raw) ? 128 + WTERMSIG(news.raw) : WEXITSTATUS(news.raw);
+}
+
+bool cli_child_gone(struct cli_child *child, int timeout_ms)
+{
+	struct pollfd wait[2] = {
+		{.fd = child->news, .events = POLLIN}, {.fd = cli_ending_fd(), .events = POLLIN}};
+	int n;
+
+	do
+		n = poll(wait, 2, timeout_ms);
+	while (n < 0 && errno == EINTR);
+	close(wait[1].fd);
+	return wait[0].revents != 0;
 }
 
 static int check_path(const char *path)

@@ -98,24 +98,32 @@ void cli_progress_end(struct cli_progress *progress);
 
 /* child.c: run a program and pass on the signals that are meant for it */
 struct cli_child {
-	pid_t pid;
-	int gate; /* until cli_child_go: the child waits here; then the result of exec comes */
-	sigset_t before; /* the signal mask to give back to the child */
+	pid_t pid;    /* the program */
+	pid_t keeper; /* its parent, to whom its orphans fall */
+	int gate; /* until cli_child_go: the program waits here; then the result of exec comes */
+	int news; /* what the keeper tells */
+	sigset_t before; /* the signal mask to give back to the program */
 };
 /* Called in the child before exec; 0, or an exit status after it has said why. */
 typedef int (*cli_prepare)(void *arg, const char *message);
-/* Block the signals that are passed on and make a child that waits. 0 or a negative errno. */
-int cli_child_start(struct cli_child *child, const char **argv, cli_prepare prepare, void *arg);
-/* Let it exec; message is handed to prepare. 0, or an exit status (126, 127; 125 if prepare
- * failed). */
+/*
+ * Block the signals that are passed on and make a child that waits. all: keep watch also over what
+ * the program starts, after its end. 0 or a negative errno. Undone by cli_child_end.
+ */
+int cli_child_start(
+	struct cli_child *child, const char **argv, cli_prepare prepare, void *arg, bool all);
+/* Let it exec; message is handed to prepare. 0, or an exit status (126, 127; or prepare's). */
 int cli_child_go(struct cli_child *child, const char *message);
 /*
- * Wait for its end, passing signals on. Returns its exit status, 128 + n if signal n killed it.
- * extra_fd (-1: none): on its hang-up `hangup` is called once.
+ * Wait for the program's end, passing signals on. Returns its exit status, 128 + n if signal n
+ * killed it. extra_fd (-1: none): on its hang-up `hangup` is called once.
  */
 int cli_child_wait(struct cli_child *child, int extra_fd, void (*hangup)(void));
-/* Give up on one that has not been let go. */
-void cli_child_abandon(struct cli_child *child);
+/* After that, with all: true if nothing that it started is left. Waits until then, at most so long
+ * (-1: for ever), or until a signal that ends things comes. */
+bool cli_child_gone(struct cli_child *child, int timeout_ms);
+/* Let go of it. One that has not been told to go ends. */
+void cli_child_end(struct cli_child *child);
 /* Can it be found and executed? 0, 126 or 127, said on stderr. */
 int cli_program_check(const char *program);
 /* true if one of the signals that end things (HUP INT TERM QUIT) has come since; takes it. */

@@ -14,7 +14,8 @@
 
 #define DEFAULT_REGION "512M"
 #define MAX_SAME_NAME 1000
-#define SLICE_NS 250000000u /* between two looks for a signal while borrowers go on */
+#define SLICE_MS 250 /* between two looks for a signal while borrowers go on */
+#define SLICE_NS (SLICE_MS * 1000000u)
 
 static struct {
 	char *region, *backing, *name, *spill;
@@ -188,26 +189,39 @@ static uint64_t now(void)
 	return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
 }
 
-/*
- * The program has ended; what it started may go on, and buffers may be taken. Signals are looked
- * for in slices because the server's wait knows nothing of them.
- */
-static void outlive(struct ctg_server *server, const char *name)
+static void say_what_is_left(struct ctg_server *server, const char *name)
 {
-	unsigned nr;
+	unsigned nr = ctg_server_borrowers(server);
 
-	if (ctg_server_wait_idle(server, now() + SLICE_NS) == 0 || cli_ending_signal())
+	if (!isatty(STDERR_FILENO))
 		return;
-	nr = ctg_server_borrowers(server);
-	if (isatty(STDERR_FILENO) && nr)
-		cli_note("the program has ended, but %u process%s it started still borrow%s from "
-			 "region "
-			 "'%s'; Ctrl-C ends the region, not %s",
+	if (nr)
+		cli_note("the program has ended, but %u process%s still borrow%s from region '%s'; "
+			 "Ctrl-C ends the region, not %s",
 			nr, nr == 1 ? "" : "es", nr == 1 ? "s" : "", name, nr == 1 ? "it" : "them");
-	else if (isatty(STDERR_FILENO))
-		cli_note("the program has ended; region '%s' has buffers that are not released "
-			 "('contig leases'); Ctrl-C ends it",
+	else
+		cli_note("the program has ended, but processes that it started, or buffers of "
+			 "region "
+			 "'%s' that are not released ('contig leases'), are left; Ctrl-C ends it",
 			name);
+}
+
+/*
+ * The program has ended; what it started may go on, and buffers may be taken. Processes are waited
+ * for first: one that has just been started borrows only when it needs memory. For what is then
+ * left, signals are looked for in slices, because the server's wait knows nothing of them.
+ */
+static void outlive(struct cli_child *child, struct ctg_server *server, const char *name)
+{
+	bool gone = cli_child_gone(child, SLICE_MS);
+
+	if (gone && ctg_server_wait_idle(server, now() + SLICE_NS) == 0)
+		return;
+	if (cli_ending_signal())
+		return;
+	say_what_is_left(server, name);
+	if (!gone && !cli_child_gone(child, -1))
+		return; /* a signal */
 	while (ctg_server_wait_idle(server, now() + SLICE_NS) != 0) {
 		if (cli_ending_signal())
 			return;
@@ -239,7 +253,7 @@ static int serve(struct ctg_server_config *config, const char **program, struct 
 	struct cli_progress progress;
 	struct ctg_server *server;
 	struct cli_child child;
-	int rc = cli_child_start(&child, program, become_borrower, launch);
+	int rc = cli_child_start(&child, program, become_borrower, launch, true);
 
 	if (rc)
 		return cli_fail(EXIT_RUN_FAILED, "cannot start a process: %s", strerror(-rc));
@@ -247,15 +261,16 @@ static int serve(struct ctg_server_config *config, const char **program, struct 
 	rc = start_server(config, program[0], &server, &error);
 	cli_progress_end(&progress);
 	if (rc) {
-		cli_child_abandon(&child);
+		cli_child_end(&child);
 		return cli_fail(EXIT_RUN_FAILED, "%s", error.text);
 	}
 	announce(config, server);
 	rc = cli_child_go(&child, ctg_server_socket(server));
 	if (rc == 0) {
 		rc = cli_child_wait(&child, -1, NULL);
-		outlive(server, config->name);
+		outlive(&child, server, config->name);
 	}
+	cli_child_end(&child);
 	ctg_server_stop(server);
 	return rc;
 }
