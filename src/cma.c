@@ -320,30 +320,22 @@ static int reserve_window(struct call *call, ctg_pfn_t *pfn)
 static void remember(struct call *call, ctg_pfn_t start, struct ctg_avoid *avoid)
 {
 	const struct ctg_zone *zone = call->cma->zone;
-	uint64_t nr = call->search.want.nr;
-	ctg_pfn_t from = call->report.obstacle_pfn, to, end = start + nr;
+	uint64_t nr = call->search.want.nr, step = 1;
+	ctg_pfn_t pfn = call->report.obstacle_pfn;
 
 	call->met = true;
 	if (call->report.obstacle == CTG_OBSTACLE_ISOLATED && !call->fast &&
 		call->collisions++ < COLLISIONS_MAX)
 		return;
-	if (from - zone->base < zone->nr) {
-		uint32_t info = ctg_load32_acquire(&ctg_zone_frame(zone, from)->info);
-
-		to = from + ctg_info_step(info);
-		if (from < start)
-			from = start;
-		if (to > end)
-			to = end;
-	} else {
-		from = to = start;
+	/* All of a large frame, which may begin below the window. */
+	if (pfn - zone->base < zone->nr)
+		step = ctg_info_step(ctg_load32_acquire(&ctg_zone_frame(zone, pfn)->info));
+	/* It has changed since, and no longer reaches the window: any frame of that will do. */
+	if (pfn >= start + nr || pfn + step <= start) {
+		pfn = start;
+		step = 1;
 	}
-	/* A large frame that begins below the window, or has changed since: any frame will do. */
-	if (from >= to) {
-		from = start;
-		to = start + 1;
-	}
-	ctg_avoid_add(avoid, from, to - from, nr);
+	ctg_avoid_add(avoid, pfn, step, nr);
 }
 
 /* Try the window whose bits are set. On failure they are clear again, and why is remembered. */

@@ -38,7 +38,8 @@ struct script {
 	struct ctg_port sim; /* the hooks behind */
 	unsigned copies, zeros, waits;
 	/* What to do at the nth call of a hook; 0: nothing. */
-	unsigned cancel_at_copy, cancel_at_zero, advance_at_copy, hold_at_zero, drop_at_wait;
+	unsigned cancel_at_copy, cancel_at_zero, advance_at_copy, advance_at_zero, hold_at_zero,
+		drop_at_wait;
 	struct ctg_word32 cancel;
 	ctg_pfn_t frame; /* to hold or to drop */
 };
@@ -59,6 +60,8 @@ static int script_zero(void *host, ctg_pfn_t pfn, uint64_t nr)
 	script.zeros++;
 	if (script.zeros == script.cancel_at_zero)
 		__atomic_store_n(&script.cancel.v, 1, __ATOMIC_RELEASE);
+	if (script.zeros == script.advance_at_zero)
+		ctg_sim_advance(script.l->sim, 3000);
 	if (script.zeros == script.hold_at_zero)
 		assert_int_equal(ctg_frame_tryget(lend_frame(script.l, script.frame)), 0);
 	return script.sim.zero(host, pfn, nr);
@@ -219,6 +222,34 @@ static void test_held_large_frame(void **state)
 	lend_close(l);
 }
 
+/* The end of a pinned large frame looks cheap: it is seen to be held, and not waited for. */
+static void test_window_behind_a_held_head(void **state)
+{
+	struct lend *l = lend_open(4, 4, true);
+	struct ctg_cma *cma = lend_area(l, "a", 0, 4, 0);
+	struct ctg_alloc_report report;
+	struct ctg_alloc_request request = {.report = &report, .limit = at(3 * BLOCK + 290)};
+	ctg_pfn_t pfn;
+
+	(void)state;
+	for (unsigned i = 0; i < 4; i++)
+		lend_large(l);
+	assert_int_equal(ctg_munmap(l->mm, lend_frame(l, at(3 * BLOCK))->index, BLOCK), 0);
+	fill(l, BLOCK);
+	unlend(l, at(3 * BLOCK), 290);
+	ctg_add64_acq_rel(&lend_frame(l, at(2 * BLOCK))->word, CTG_WORD_PIN1);
+	script_begin(l);
+	assert_int_equal(ctg_cma_alloc(cma, 300, &request, &pfn), 0);
+	assert_int_equal(report.windows_tried, 2);
+	assert_int_equal(report.obstacle, CTG_OBSTACLE_PIN);
+	assert_int_equal(report.obstacle_pfn, at(2 * BLOCK));
+	assert_int_equal(script.waits, 0);
+	assert_true(pfn + 300 <= at(2 * BLOCK));
+	check_stamps(l);
+	ctg_frame_put(l->ctg, at(2 * BLOCK), CTG_WORD_PIN1, 1);
+	lend_close(l);
+}
+
 /* ---- what stands in the way ------------------------------------------------------------------ */
 
 /* An unmovable frame: nothing is copied, in either mode. */
@@ -271,6 +302,8 @@ static void test_isolated_by_another(void **state)
 	assert_int_equal(report.obstacle, CTG_OBSTACLE_ISOLATED);
 	assert_int_equal(report.obstacle_pfn, at(2 * BLOCK));
 	assert_int_equal(report.frames_moved, 0);
+	/* Nothing was isolated in vain, so nobody was woken who waits for the other. */
+	assert_int_equal(l->zone->isolation_ended.v, 0);
 	assert_int_equal(ctg_cma_alloc(cma, 3 * BLOCK, &request, &pfn), -CTG_EBUSY);
 	assert_int_equal(report.obstacle, CTG_OBSTACLE_ISOLATED);
 	assert_int_equal(report.obstacle_pfn, at(2 * BLOCK));
@@ -294,6 +327,7 @@ static void test_isolated_by_another(void **state)
 	request.mode = CTG_MODE_FAST;
 	assert_int_equal(ctg_cma_alloc(cma, 2 * BLOCK, &request, &pfn), 0);
 	assert_int_equal(pfn, at(0));
+	assert_int_equal(l->zone->isolation_ended.v, 1);
 	for (uint64_t i = 0; i < l->zone->nr_blocks; i++)
 		assert_ptr_equal(l->zone->blocks[i].isolated_by, i == 2 ? &other : NULL);
 	ctg_block_unisolate(l->zone, at(2 * BLOCK), &other);
@@ -471,6 +505,31 @@ static void test_late_while_copying(void **state)
 	lend_close(l);
 }
 
+/* The report says where the time went. */
+static void test_report_times(void **state)
+{
+	struct lend *l = lend_open(4, 5, true);
+	struct ctg_cma *cma = lend_area(l, "a", 0, 4, 0);
+	struct ctg_alloc_report report;
+	struct ctg_alloc_request request = {.report = &report};
+	ctg_pfn_t pfn;
+
+	(void)state;
+	assert_int_equal(lend_small(l, BLOCK), BLOCK);
+	ctg_drain_caches(l->ctg);
+	script_begin(l);
+	script.advance_at_copy = 1;
+	script.advance_at_zero = 1;
+	assert_int_equal(ctg_cma_alloc(cma, 4 * BLOCK, &request, &pfn), 0);
+	assert_int_equal(report.ns_copy, 1000000);
+	assert_int_equal(report.ns_zero, 3000);
+	assert_int_equal(report.ns_total, 1003000);
+	assert_int_equal(report.ns_search + report.ns_isolate + report.ns_install, 0);
+	assert_int_equal(report.frames_moved, BLOCK);
+	assert_int_equal(report.frames_free, 3 * BLOCK);
+	lend_close(l);
+}
+
 /* Two pieces have to be zeroed, and between them is one that has not. */
 static void test_cancelled_while_zeroing(void **state)
 {
@@ -586,6 +645,11 @@ static void test_free_while_held(void **state)
 	assert_int_equal(l->ctg->frame_wait[at(2 * BLOCK + 6) % CTG_FRAME_WAITS].v, 1);
 	assert_int_equal(word_of(l, at(2 * BLOCK + 5)), CTG_WORD_REF1);
 	assert_int_equal(word_of(l, at(2 * BLOCK + 6)), 0);
+	/* It was given back: not once more, though it is still of a taken range. */
+	ctg_add64_acq_rel(&lend_frame(l, at(2 * BLOCK + 5))->word, CTG_WORD_PIN1 - CTG_WORD_REF1);
+	assert_int_equal(state_of(l, at(2 * BLOCK + 5)), CTG_FRAME_CONTIG);
+	assert_int_equal(ctg_free_contig_range(l->ctg, at(2 * BLOCK + 5), 1, NULL), -CTG_EINVAL);
+	ctg_add64_acq_rel(&lend_frame(l, at(2 * BLOCK + 5))->word, CTG_WORD_REF1 - CTG_WORD_PIN1);
 	ctg_zone_stat(l->zone, &stat);
 	assert_int_equal(stat.nr_free, 4 * BLOCK - 1);
 	ctg_frame_put(l->ctg, at(2 * BLOCK + 5), CTG_WORD_REF1, 1);
@@ -790,6 +854,7 @@ int main(void)
 		cmocka_unit_test(test_edges_are_given_back),
 		cmocka_unit_test(test_large_frames),
 		cmocka_unit_test(test_held_large_frame),
+		cmocka_unit_test(test_window_behind_a_held_head),
 		cmocka_unit_test(test_unmovable_fails_before_anything_moves),
 		cmocka_unit_test(test_isolated_by_another),
 		cmocka_unit_test(test_looks_again),
@@ -802,6 +867,7 @@ int main(void)
 		cmocka_unit_test(test_cancelled_while_copying),
 		cmocka_unit_test(test_late_while_copying),
 		cmocka_unit_test(test_cancelled_while_zeroing),
+		cmocka_unit_test(test_report_times),
 		cmocka_unit_test(test_undo_meets_a_stranger),
 		cmocka_unit_test(test_free_refuses),
 		cmocka_unit_test(test_free_while_held),

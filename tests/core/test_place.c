@@ -276,8 +276,10 @@ static uint64_t least_cost(struct lend *l, struct ctg_cma *cma, const struct ctg
 
 static void test_least_cost(void **state)
 {
-	static const uint64_t sizes[] = {1, 7, 64, 300, 511, 512, 513, 1000, 1024, 1500, 3000};
+	static const uint64_t sizes[] = {
+		1, 7, 51, 64, 101, 300, 511, 512, 513, 1000, 1024, 1500, 3000};
 	static const uint64_t aligns[] = {1, 4, 64, 512, 1024};
+	static const uint64_t bounds[] = {0, 64, 128, 2048};
 	struct lend *l = lend_open(12, 1, true);
 	struct ctg_cma *cma = lend_area(l, "a", 0, 12, 0);
 	uint64_t hole = 3;
@@ -290,13 +292,13 @@ static void test_least_cost(void **state)
 		unlend(l, at(offset), hole);
 	for (size_t i = 0; i < sizeof(sizes) / sizeof(sizes[0]); i++)
 		for (size_t j = 0; j < sizeof(aligns) / sizeof(aligns[0]); j++)
-			for (unsigned bounded = 0; bounded < 2; bounded++) {
+			for (size_t k = 0; k < sizeof(bounds) / sizeof(bounds[0]); k++) {
 				struct ctg_search search = search_for(sizes[i]);
 				ctg_pfn_t pfn;
 
 				search.want.align = aligns[j];
-				search.want.boundary = bounded != 0 ? 2048 : 0;
-				if (bounded != 0 && sizes[i] > 2048)
+				search.want.boundary = bounds[k];
+				if (bounds[k] != 0 && sizes[i] > bounds[k])
 					continue;
 				pfn = place(cma, &search);
 				assert_int_not_equal(pfn, CTG_PFN_NONE);
