@@ -72,7 +72,7 @@ int ctg_mmap(struct ctg_mm *mm, ctg_vpn_t vpn, uint64_t nr, unsigned prot);
  * Unmap [vpn, vpn + nr), holes allowed. Frames go to a batch and are free after a flush, which
  * happens here before the return, or by whoever needs them first.
  * Context: may sleep. Returns 0, -EINVAL, or -ENOMEM (a large entry had to be split and there was
- * no memory for the table: nothing unmapped).
+ * no memory for the table) or -EOVERFLOW (or its frame is mapped too often): nothing unmapped.
  */
 int ctg_munmap(struct ctg_mm *mm, ctg_vpn_t vpn, uint64_t nr);
 
@@ -82,13 +82,15 @@ int ctg_madvise_dontneed(struct ctg_mm *mm, ctg_vpn_t vpn, uint64_t nr);
 /*
  * Change the rights of what is mapped in [vpn, vpn + nr). Narrowing is in force when it returns.
  * Context: may sleep. Returns 0, -EINVAL, -ENOMEM (part of the range is not mapped, or no memory
- * to split a large entry: nothing changed).
+ * to split a large entry), -EOVERFLOW as ctg_munmap, or what the port's tlb_install returned: then
+ * nothing has changed.
  */
 int ctg_mprotect(struct ctg_mm *mm, ctg_vpn_t vpn, uint64_t nr, unsigned prot);
 
 /*
  * Back every RESERVED page of [vpn, vpn + nr) with zeroed frames, the largest that are free first,
- * and install the mapping. Partial success is kept.
+ * and install the mapping. Partial success is kept; a run that the port could not install is
+ * RESERVED again, but for pages that have been written to.
  * @nr_present: if not NULL, pages of the range that have a frame at the end.
  * Context: may sleep. Returns 0 when all of the range has frames; -ENOMEM; -EFAULT: part is not
  * mapped; -EINVAL.
