@@ -1,8 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 /* contig release and contig leases. */
 #include "cli.h"
-#include <string.h>
-#include <time.h>
 
 static struct {
 	char *from;
@@ -70,17 +68,6 @@ int release_main(int argc, const char **argv)
 	return finish(status, answer);
 }
 
-/* Since it was taken. The clock may have been set back meanwhile. */
-static uint64_t age_of(const json_t *lease)
-{
-	uint64_t since = cli_u64(lease, "since_ns"), now;
-	struct timespec t;
-
-	clock_gettime(CLOCK_REALTIME, &t);
-	now = (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
-	return now > since ? now - since : 0;
-}
-
 static void print_lease(const json_t *lease)
 {
 	char size[CLI_SIZE_TEXT], since[CLI_SIZE_TEXT];
@@ -88,10 +75,10 @@ static void print_lease(const json_t *lease)
 	printf("%6llu  %10s  %6llu  %-5s  %8llu  %-16s  %s\n",
 		(unsigned long long)cli_u64(lease, "lease"),
 		cli_size_text(cli_u64(lease, "bytes"), size),
-		(unsigned long long)cli_u64(lease, "blocks"),
+		(unsigned long long)cli_u64(lease, "nr_blocks"),
 		json_is_true(cli_get(lease, "hold")) ? "yes" : "no",
 		(unsigned long long)cli_u64(lease, "pid"), cli_string(lease, "comm"),
-		cli_time_text(age_of(lease), since));
+		cli_time_text(cli_u64(lease, "age_ns"), since));
 }
 
 int leases_main(int argc, const char **argv)

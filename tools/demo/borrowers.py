@@ -249,6 +249,7 @@ class SqliteLoad:
         try:
             while self.going:
                 self.job.round()
+                time.sleep(0.1)  # every round has to be done once more for the comparison
         except Failed as error:
             self.error = error
 
