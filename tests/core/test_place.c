@@ -309,6 +309,50 @@ static void test_least_cost(void **state)
 	lend_close(l);
 }
 
+/* Boundaries inside a pageblock, and no hole that is large enough. */
+static void test_least_cost_within_boundaries(void **state)
+{
+	static const uint64_t sizes[] = {51, 63, 100, 127, 200};
+	struct lend *l = lend_open(6, 1, true);
+	struct ctg_cma *cma = lend_area(l, "a", 0, 6, 0);
+
+	(void)state;
+	fill(l, cma);
+	for (uint64_t offset = 5, i = 1; offset + 50 < cma->nr; offset += 61, i++)
+		unlend(l, at(offset), 1 + i * 29 % 47);
+	for (size_t i = 0; i < sizeof(sizes) / sizeof(sizes[0]); i++)
+		for (uint64_t boundary = 64; boundary <= 512; boundary *= 2)
+			for (uint64_t align = 1; align <= 4; align *= 2) {
+				struct ctg_search search = search_for(sizes[i]);
+				ctg_pfn_t pfn;
+
+				if (boundary < sizes[i])
+					continue;
+				search.want.align = align;
+				search.want.boundary = boundary;
+				pfn = place(cma, &search);
+				check_boundary(pfn, &search.want);
+				assert_int_equal(used_in(l, pfn, sizes[i]),
+					least_cost(l, cma, &search.want));
+			}
+	lend_close(l);
+}
+
+/* The only good window is the last before a boundary. */
+static void test_last_before_a_boundary(void **state)
+{
+	struct lend *l = lend_open(3, 1, true);
+	struct ctg_cma *cma = lend_area(l, "a", 0, 3, 0);
+	struct ctg_search search = search_for(51);
+
+	(void)state;
+	fill(l, cma);
+	unlend(l, at(BLOCK + 462), 50);
+	search.want.boundary = 512;
+	assert_int_equal(place(cma, &search), at(BLOCK + 461));
+	lend_close(l);
+}
+
 /* Of equals, the one that isolates the fewest pageblocks; of those, the lowest. */
 static void test_ties(void **state)
 {
@@ -430,6 +474,8 @@ int main(void)
 		cmocka_unit_test(test_ranges_are_not_crossed),
 		cmocka_unit_test(test_free_window_first),
 		cmocka_unit_test(test_least_cost),
+		cmocka_unit_test(test_least_cost_within_boundaries),
+		cmocka_unit_test(test_last_before_a_boundary),
 		cmocka_unit_test(test_ties),
 		cmocka_unit_test(test_many_groups),
 		cmocka_unit_test(test_avoids_what_failed),
