@@ -21,13 +21,10 @@
 #include <time.h>
 #include <unistd.h>
 
+/* Not remembered: a process that has forked would remember its parent's. */
 pid_t posix_gettid(void)
 {
-	static _Thread_local pid_t tid;
-
-	if (tid == 0)
-		tid = (pid_t)syscall(SYS_gettid);
-	return tid;
+	return (pid_t)syscall(SYS_gettid);
 }
 
 uint64_t posix_now(void *host)
@@ -51,11 +48,12 @@ static int host_wait(
 	void *host, struct ctg_word32 *word, uint32_t expected, uint64_t deadline, bool killable)
 {
 	struct ctg_region *region = host;
+	uint32_t mover = __atomic_load_n(&region->self_mover.v, __ATOMIC_RELAXED);
 	struct timespec ts, *until = NULL;
 
 	/* Nothing kills a thread of a process but the end of the process. */
 	(void)killable;
-	if ((pid_t)__atomic_load_n(&region->self_mover.v, __ATOMIC_RELAXED) == posix_gettid())
+	if (mover != 0 && (pid_t)mover == posix_gettid())
 		posix_self_stop_break(region);
 	if (deadline != CTG_NO_DEADLINE) {
 		ts.tv_sec = (time_t)(deadline / 1000000000u);
