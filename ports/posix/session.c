@@ -564,10 +564,13 @@ static int session_await_agent(struct session *session)
 		if (poll(p, 2, -1) < 0)
 			continue;
 		if (p[0].revents != 0)
-			return 0;
+			break;
 		if (p[1].revents != 0)
 			return -EPIPE;
-	}
+	} /* What came was handed over under the lock. */
+	pthread_mutex_lock(&session->server->lock);
+	pthread_mutex_unlock(&session->server->lock);
+	return 0;
 }
 
 static int session_start(struct session *session)

@@ -365,6 +365,7 @@ int borrower_main(const char *name)
 	window = (char *)(((uintptr_t)window + CHUNK - 1) & ~(CHUNK - 1));
 	pthread_barrier_init(&barrier, NULL, 2);
 	pthread_create(&thread, NULL, agent, &barrier);
+	pthread_detach(thread);
 	pthread_barrier_wait(&barrier);
 	shake_hands(path);
 	printf("0\n");
