@@ -273,6 +273,7 @@ FORK_CASE(daemon)
 FORK_CASE(descriptors)
 FORK_CASE(identity)
 FORK_CASE(mappings)
+FORK_CASE(limits)
 
 /* What the allocator purges goes back to the area, and comes from there again. */
 static void test_purge(void **state)
@@ -508,7 +509,9 @@ static void test_redis(void **state)
 		"= 100 ];"
 		" do i=$((i+1)); sleep 0.1; done;"
 		" redis-cli -s $d/s debug populate 300000 key 200; redis-cli -s $d/s bgsave;"
-		" redis-cli -s $d/s lpush l a b c; redis-cli -s $d/s debug reload;"
+		" redis-cli -s $d/s lpush l a b c;"
+		" while redis-cli -s $d/s info persistence | grep -q bgsave_in_progress:1;"
+		" do sleep 0.05; done; redis-cli -s $d/s debug reload;"
 		" redis-cli -s $d/s debug digest; redis-cli -s $d/s flushall;"
 		" redis-cli -s $d/s shutdown nosave; rm -rf $d");
 }
@@ -528,6 +531,7 @@ int main(int argc, char **argv)
 		cmocka_unit_test(test_fork_descriptors),
 		cmocka_unit_test(test_fork_identity),
 		cmocka_unit_test(test_fork_mappings),
+		cmocka_unit_test(test_fork_limits),
 		cmocka_unit_test(test_purge),
 		cmocka_unit_test(test_full_region),
 		cmocka_unit_test(test_borrower_killed),

@@ -18,6 +18,7 @@
 #include "link.h"
 #include "window.h"
 #include <errno.h>
+#include <linux/capability.h>
 #include <linux/close_range.h>
 #include <linux/sched.h>
 #include <string.h>
@@ -29,6 +30,7 @@
 #define AGENT_GUARD ((size_t)64 << 10) /* a page of any size */
 #define AGENT_FLAGS (CLONE_VM | CLONE_FS | CLONE_SIGHAND | CLONE_THREAD | CLONE_SYSVSEM)
 #define HANDSHAKE_SECONDS 5
+#define AGENT_NOBODY 65534
 
 /* clone(2) with a function to run: the new thread calls fn(0) on its own stack and exits. */
 long agent_clone(unsigned long flags, void *stack_top, void (*fn)(void));
@@ -100,6 +102,34 @@ static void agent_set_state(enum link_state state)
 static void agent_set_name(void)
 {
 	raw2(SYS_prctl, PR_SET_NAME, (long)"contig-agent");
+}
+
+/*
+ * Become nobody, without capabilities but for the one that lets memory be mapped where a program of
+ * root has locked all of its memory. Only root can give up something here. Changing the user makes
+ * the whole process undumpable, which must not be seen.
+ */
+static void agent_drop_rights(void)
+{
+	struct __user_cap_header_struct head = {_LINUX_CAPABILITY_VERSION_3, 0};
+	struct __user_cap_data_struct data[2];
+	long dumpable = raw1(SYS_prctl, PR_GET_DUMPABLE), uid = raw1(SYS_geteuid, 0);
+
+	if (uid == 0) {
+		raw2(SYS_prctl, PR_SET_KEEPCAPS, 1);
+		raw2(SYS_setgroups, 0, 0);
+		raw3(SYS_setresgid, AGENT_NOBODY, AGENT_NOBODY, AGENT_NOBODY);
+		raw3(SYS_setresuid, AGENT_NOBODY, AGENT_NOBODY, AGENT_NOBODY);
+	}
+	if (raw2(SYS_capget, (long)&head, (long)data) == 0) {
+		data[0].permitted &= 1u << CAP_IPC_LOCK;
+		data[0].effective = data[0].permitted;
+		data[0].inheritable = 0;
+		data[1].permitted = data[1].effective = data[1].inheritable = 0;
+		raw2(SYS_capset, (long)&head, (long)data);
+	}
+	if (uid == 0 && dumpable == 1)
+		raw2(SYS_prctl, PR_SET_DUMPABLE, 1);
 }
 
 /* ---- the wire ---- */
@@ -250,6 +280,8 @@ static int agent_handshake(int tid1, int tid2)
 		raw1(SYS_close, uffd);
 	agent_no_time_limit(l->call_fd);
 	agent_no_time_limit(l->agent_fd);
+	/* One to rescue with, while it can be had. */
+	l->uffd = posix_uffd_open(&kernel_faults);
 	return ret;
 }
 
@@ -343,6 +375,7 @@ static void agent_request_main(void)
 	 */
 	if (!__atomic_load_n(&l->shook_hands, __ATOMIC_ACQUIRE))
 		return;
+	agent_drop_rights();
 	for (;;) {
 		seen = __atomic_load_n(&l->bell, __ATOMIC_SEQ_CST);
 		if (__atomic_load_n(&l->mail, __ATOMIC_ACQUIRE) == MAIL_POSTED) {
@@ -358,13 +391,10 @@ static void agent_request_main(void)
 int agent_rescue(uintptr_t addr, size_t bytes)
 {
 	struct posix_op op = {.addr = addr, .bytes = bytes, .kind = POSIX_OP_PRIVATISE};
-	bool kernel_faults;
 	int ret, err = 0;
 
 	if (l->uffd < 0)
-		l->uffd = posix_uffd_open(&kernel_faults);
-	if (l->uffd < 0)
-		return l->uffd;
+		return -EPERM;
 	ret = posix_uffd_protect(l->uffd, addr, bytes);
 	if (ret == 0 && posix_ops_execute(l->files, &op, 1, &err) != 1)
 		ret = err;
@@ -449,6 +479,8 @@ static void agent_command_main(void)
 		l->files[i] = -1;
 	tid2 = agent_clone(AGENT_FLAGS | CLONE_FILES, agent_stack_top(1), agent_request_main);
 	ret = tid2 < 0 ? (int)tid2 : agent_handshake((int)raw1(SYS_gettid, 0), (int)tid2);
+	if (ret == 0)
+		agent_drop_rights();
 	__atomic_store_n(&l->shook_hands, ret == 0, __ATOMIC_RELEASE);
 	agent_set_state(ret == 0 ? LINK_UP : LINK_DOWN);
 	if (ret == 0) {

@@ -14,6 +14,7 @@
 #include "window.h"
 #include <errno.h>
 #include <stdarg.h>
+#include <sys/resource.h>
 
 /* madvise values that change how fast memory is, not what it holds; those that forbid something are
  * not among them. */
@@ -141,6 +142,35 @@ int munlock(const void *addr, size_t length)
 {
 	return (int)result(raw2(SYS_munlock, (long)addr, (long)length));
 }
+
+/* The window is more than most limits of a process's addresses allow. */
+static void before_limit(int resource, const struct rlimit *limit)
+{
+	if (resource != RLIMIT_AS || !limit || limit->rlim_cur == RLIM_INFINITY)
+		return;
+	link_lock();
+	window_retire();
+	link_unlock();
+}
+
+int prlimit(
+	pid_t pid, enum __rlimit_resource resource, const struct rlimit *new, struct rlimit *old)
+{
+	if (pid == 0 || pid == (pid_t)raw1(SYS_getpid, 0))
+		before_limit((int)resource, new);
+	return (int)result(raw4(SYS_prlimit64, pid, (long)resource, (long)new, (long)old));
+}
+
+int setrlimit(__rlimit_resource_t resource, const struct rlimit *limit)
+{
+	return prlimit(0, resource, limit, NULL);
+}
+
+/* The same on 64-bit machines. */
+int prlimit64(pid_t pid, enum __rlimit_resource resource, const struct rlimit64 *new,
+	struct rlimit64 *old) __attribute__((alias("prlimit")));
+int setrlimit64(__rlimit_resource_t resource, const struct rlimit64 *limit)
+	__attribute__((alias("setrlimit")));
 
 /* MAP_FIXED over the heap. */
 void *mmap(void *addr, size_t length, int prot, int flags, int fd, off_t offset)

@@ -16,6 +16,7 @@
 #include "link.h"
 #include <errno.h>
 #include <string.h>
+#include <sys/resource.h>
 
 /* A process that never needs more than this is not worth two threads and a connection. */
 #define UNLINKED_CHUNKS 1
@@ -40,11 +41,16 @@ static size_t chunk_of(uintptr_t addr)
 int window_reserve(void)
 {
 	const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
-	size_t bytes, table;
+	size_t bytes = WINDOW_MAX, table;
 	long addr = -ENOMEM, chunks;
+	struct rlimit limit;
 	uintptr_t base;
 
-	for (bytes = WINDOW_MAX; bytes >= WINDOW_MIN; bytes /= 2) {
+	/* Where addresses are limited, stacks and mapped files need some, too. */
+	if (getrlimit(RLIMIT_AS, &limit) == 0)
+		while (bytes > limit.rlim_cur / 4)
+			bytes /= 2;
+	for (; bytes >= WINDOW_MIN; bytes /= 2) {
 		addr = raw_mmap(0, bytes + CHUNK_BYTES, PROT_NONE, flags);
 		if (!raw_failed(addr))
 			break;
@@ -137,6 +143,8 @@ static int chunks_obtain(size_t i, size_t nr)
 	size_t part = nr;
 	int ret;
 
+	if (window.retired)
+		return chunks_make_private(i, nr, PROTO_COUNT_OTHER, true);
 	if (link_to_server.state == LINK_NONE && window.unlinked + nr <= UNLINKED_CHUNKS) {
 		window.unlinked += nr;
 		return chunks_make_private(i, nr, PROTO_COUNT_OTHER, true);
@@ -353,6 +361,22 @@ int window_privatise(uintptr_t addr, size_t bytes, bool sticky)
 	}
 	window_report_ordinary();
 	return 0;
+}
+
+/*
+ * The limit counts what is reserved, too, and with less of it left than nothing the agent could not
+ * even replace one mapping by another when memory moves.
+ */
+void window_retire(void)
+{
+	uintptr_t end = (window.next + CHUNK_BYTES - 1) & ~(CHUNK_BYTES - 1);
+
+	if (!window.base || window.retired)
+		return;
+	window.retired = true;
+	window_privatise(window.base, window.bytes, true);
+	raw2(SYS_munmap, (long)end, (long)(window.base + window.bytes - end));
+	window.bytes = end - window.base;
 }
 
 void window_before_fork(void)

@@ -41,6 +41,7 @@ struct window {
 	size_t nr_lent;
 	size_t cursor;                      /* where lending in the background goes on */
 	size_t unlinked;                    /* chunks made private without asking a server */
+	bool retired;                       /* no memory is to be lent any more */
 	uint64_t ordinary[PROTO_NR_COUNTS]; /* bytes of ordinary memory, not reported yet */
 	struct chunk *chunks;
 };
@@ -70,6 +71,10 @@ void window_decommit(uintptr_t addr, size_t bytes);
 int window_privatise(uintptr_t addr, size_t bytes, bool sticky);
 void window_before_fork(void);
 void window_after_fork_in_child(void);
+
+/* Before the program limits its address space: have nothing lent, and reserve no more than is in
+ * use. */
+void window_retire(void);
 
 /* In the second agent. Do one chunk; returns 0 if there may be more, 1 if not, or negative errno.
  */

@@ -5,6 +5,7 @@
  * [MIB] Prints "intact" and exits with 0, or says what differed.
  */
 #define _GNU_SOURCE
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <grp.h>
@@ -17,6 +18,8 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -253,8 +256,49 @@ static void case_descriptors(void)
 	heap_check(1, "after closing everything");
 }
 
+/* Threads that libc does not know of must not keep what the program gives up. Returns how many
+ * there are. */
+static unsigned check_agents(void)
+{
+	char path[300], line[256];
+	unsigned nr = 0;
+	DIR *dir = opendir("/proc/self/task");
+	struct dirent *entry;
+
+	while (dir && (entry = readdir(dir))) {
+		bool agent = false;
+		FILE *file;
+
+		snprintf(path, sizeof(path), "/proc/self/task/%s/status", entry->d_name);
+		file = entry->d_name[0] == '.' ? NULL : fopen(path, "r");
+		if (!file)
+			continue;
+		while (fgets(line, sizeof(line), file)) {
+			unsigned long long caps, uid;
+
+			if (strcmp(line, "Name:\tcontig-agent\n") == 0) {
+				agent = true;
+				nr++;
+			}
+			if (agent && sscanf(line, "Uid: %llu", &uid) == 1 && uid == 0)
+				_exit(32);
+			if (agent && sscanf(line, "CapPrm: %llx", &caps) == 1 &&
+				(caps & ~(1ull << 14)) != 0) /* CAP_IPC_LOCK */
+				_exit(33);
+		}
+		fclose(file);
+	}
+	if (dir)
+		closedir(dir);
+	return nr;
+}
+
 static void case_identity(void)
 {
+	if (check_agents() != 2)
+		_exit(34);
+	if (prctl(PR_GET_DUMPABLE) != 1)
+		_exit(35);
 	if (geteuid() == 0) {
 		if (chroot("/tmp") != 0 || chdir("/") != 0 || setgroups(0, NULL) != 0 ||
 			setgid(65534) != 0 || setuid(65534) != 0)
@@ -313,6 +357,24 @@ static void case_mappings(void)
 	heap_check(1, "after changes of mappings");
 }
 
+/* A limit of addresses far below what is reserved for the heap. */
+static void case_limits(void)
+{
+	struct rlimit limit;
+	void *p;
+
+	getrlimit(RLIMIT_AS, &limit);
+	limit.rlim_cur = (rlim_t)512 << 20;
+	if (setrlimit(RLIMIT_AS, &limit) != 0)
+		_exit(36);
+	case_plain();
+	use_malloc(64);
+	p = malloc((size_t)1 << 30);
+	if (p != NULL || errno != ENOMEM)
+		_exit(37);
+	use_malloc(64);
+}
+
 /* The test kills the server before it answers: from then on there is nobody to make the heap ready
  * for a fork. */
 static void case_orphan(void)
@@ -341,6 +403,7 @@ int main(int argc, char **argv)
 		{"descriptors", case_descriptors},
 		{"identity", case_identity},
 		{"mappings", case_mappings},
+		{"limits", case_limits},
 		{"orphan", case_orphan},
 	};
 
