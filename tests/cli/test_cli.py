@@ -394,6 +394,8 @@ def a_lease_from_taking_to_release():
 
 @case
 def the_only_region_needs_no_name():
+    if ask("ps", "--json"):
+        raise Skip("this user has other regions")
     expect(contig("stat"), NO_REGION, "no region")
     with region("only"):
         expect(contig("stat"), 0)
@@ -612,11 +614,10 @@ def stat_in_both_forms():
 
 @case
 def ps_lists_regions_and_borrowers():
-    assert ask("ps", "--json") == []
     with region("one", program=borrower(16)) as process, region("two"):
         wait_ready(process)
         listed = {r["name"]: r["stat"] for r in ask("ps", "--json")}
-        assert set(listed) == {"one", "two"}
+        assert set(listed) >= {"one", "two"}
         assert listed["one"]["borrowers"] and not listed["two"]["borrowers"]
         text = expect(contig("ps"), 0).stdout
         assert "one" in text and "two" in text and str(listed["one"]["borrowers"][0]["pid"]) in text

@@ -63,35 +63,40 @@ static int size_option(const char *option, const char *text, uint64_t *bytes)
 	return 0;
 }
 
-/* The preload library: beside this executable in a build tree, or where it was installed. */
+/* Where the preload library is, seen from this executable: in a build tree, installed. */
+static const char *const library_places[] = {"../malloc", "../" CONTIG_LIBDIR, CONTIG_LIBDIR};
+
 static int find_library(char path[PATH_MAX])
 {
-	static const char name[] = "libcontig-malloc.so";
-	char self[PATH_MAX];
+	char self[PATH_MAX], candidate[PATH_MAX];
 	ssize_t n = readlink("/proc/self/exe", self, sizeof(self) - 1);
+	const char *dir;
 
-	if (n > 0) {
-		self[n] = 0;
-		if (snprintf(path, PATH_MAX, "%s/../malloc/%s", dirname(self), name) < PATH_MAX &&
-			access(path, R_OK) == 0) {
-			char *whole = realpath(path, NULL);
+	if (n < 0)
+		return cli_fail(EXIT_RUN_FAILED, "cannot read /proc/self/exe: %s", strerror(errno));
+	self[n] = 0;
+	dir = dirname(self);
+	for (size_t i = 0; i < sizeof(library_places) / sizeof(library_places[0]); i++) {
+		const char *place = library_places[i];
+		bool absolute = place[0] == '/';
 
-			if (whole)
-				snprintf(path, PATH_MAX, "%s", whole);
-			free(whole);
-		} else {
-			snprintf(path, PATH_MAX, "%s/%s", CONTIG_LIBDIR, name);
-		}
+		n = snprintf(candidate, sizeof(candidate), "%s%s%s/libcontig-malloc.so",
+			absolute ? "" : dir, absolute ? "" : "/", place);
+		if (n >= (ssize_t)sizeof(candidate) || access(candidate, R_OK) != 0 ||
+			!realpath(candidate, path))
+			continue;
+		/* The dynamic linker has no way to quote these. */
+		if (strpbrk(path, " :"))
+			return cli_fail(EXIT_RUN_FAILED,
+				"the path '%s' has a space or a colon, which LD_PRELOAD cannot "
+				"hold; move Contig elsewhere",
+				path);
+		return 0;
 	}
-	if (n <= 0 || access(path, R_OK) != 0)
-		return cli_fail(EXIT_RUN_FAILED, "%s is not there; install Contig again", path);
-	/* The dynamic linker has no way to quote these. */
-	if (strpbrk(path, " :"))
-		return cli_fail(EXIT_RUN_FAILED,
-			"the path '%s' has a space or a colon, which LD_PRELOAD cannot hold; move "
-			"Contig elsewhere",
-			path);
-	return 0;
+	return cli_fail(EXIT_RUN_FAILED,
+		"libcontig-malloc.so is neither beside '%s' nor in '%s'; "
+		"install Contig again",
+		dir, CONTIG_LIBDIR);
 }
 
 static int add_preload(const char *library)
