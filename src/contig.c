@@ -13,7 +13,7 @@
 
 #define NORMAL_ROUNDS 5
 #define LOOK_AGAIN_NS 1000000u /* for a holder to leave */
-#define LEAVING_SPINS 4096
+#define BETWEEN_SPINS 4096
 #define WAIT_SLICE_NS 1000000u /* between looks at a request's cancel word */
 #define WAIT_NS 1000000000u    /* for other allocations to end, all in all */
 #define ZERO_RUN 32768u        /* frames, between looks at the deadline */
@@ -325,37 +325,49 @@ static void untake(struct take *take)
 }
 
 /*
- * A frame that nobody holds is on its way to the free lists, on some CPU that is between two steps;
- * there is no event to wait for.
+ * A frame that is neither free nor held is on its way from one to the other, on some CPU that is
+ * between two steps; there is no event to wait for. When it has arrived, its word or its info has
+ * changed, or, if it has become part of a larger free block, its pageblock's count.
  */
-static void spin_while_leaving(struct ctg *ctg, const struct ctg_frame *frame, uint64_t word)
+static void spin_while_between(struct ctg_zone *zone, ctg_pfn_t pfn)
 {
+	const struct ctg_port *port = &zone->ctg->port;
+	const struct ctg_frame *frame = ctg_zone_frame(zone, pfn);
+	const struct ctg_block *block = ctg_zone_block(zone, pfn);
 	uint32_t info = ctg_load32_acquire(&frame->info);
+	uint16_t nr_free = ctg_hint_load(&block->nr_free);
 
-	for (unsigned i = 0; i < LEAVING_SPINS; i++) {
-		if (ctg_load64_relaxed(&frame->word) != word ||
-			ctg_load32_acquire(&frame->info) != info)
+	for (unsigned i = 0; i < BETWEEN_SPINS; i++) {
+		if ((ctg_load64_relaxed(&frame->word) & ~CTG_WORD_FLAGS) != 0 ||
+			ctg_load32_acquire(&frame->info) != info ||
+			ctg_hint_load(&block->nr_free) != nr_free)
 			return;
-		ctg->port.relax(ctg->port.host);
+		port->relax(port->host);
 	}
 }
 
-/* Name what take->busy is, and wait until it may have changed. 0: look again. */
+/*
+ * Migration has found nothing in the way, yet take->busy is not free: somebody has it half-way out
+ * of the free lists, or FAST has met a cache. Name it, and wait until it may have changed. 0: look
+ * again.
+ */
 static int wait_for_busy(struct take *take, bool last)
 {
 	struct ctg *ctg = take->zone->ctg;
 	ctg_pfn_t pfn = used_head(take->zone, take->busy);
 	const struct ctg_frame *frame = ctg_zone_frame(take->zone, pfn);
 	uint64_t word = ctg_load64_relaxed(&frame->word), until;
+	enum ctg_obstacle_kind kind = frame_obstacle(ctg_load32_acquire(&frame->info), word);
 	int ret = 0;
 
-	note_obstacle(take->report, frame_obstacle(ctg_load32_acquire(&frame->info), word),
-		take->busy, word);
+	if (kind == CTG_OBSTACLE_NONE)
+		kind = CTG_OBSTACLE_REF;
+	note_obstacle(take->report, kind, take->busy, word);
 	if (last)
 		return -CTG_EBUSY;
 	until = wait_until(take->request, ctg->port.now(ctg->port.host), LOOK_AGAIN_NS);
 	if ((word & ~CTG_WORD_FLAGS) == 0)
-		spin_while_leaving(ctg, frame, word);
+		spin_while_between(take->zone, pfn);
 	else
 		ret = ctg_frame_wait(ctg, pfn, word, until, true);
 	return ret == -CTG_EINTR ? ret : ctg_request_check(ctg, take->request);
@@ -545,6 +557,10 @@ static int take_range(struct ctg_zone *zone, ctg_pfn_t start, uint64_t nr,
 		int ret;
 
 		report->windows_tried++;
+		/* FAST does not wait for what is held, and does not move anything in vain. */
+		if (is_fast(request) &&
+			ctg_contig_look(zone, start, nr, request, report) != CTG_PFN_NONE)
+			return -CTG_EBUSY;
 		ret = ctg_contig_take(zone, start, nr, ctg_mode_rounds(request), zero, request,
 			report, &isolated);
 		if (isolated)

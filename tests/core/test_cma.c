@@ -178,6 +178,7 @@ static void test_many_areas(void **state)
 	assert_int_equal(ctg_cma_for_each(NULL, always_zero, &n), -CTG_EINVAL);
 	assert_int_equal(ctg_cma_for_each(l->ctg, NULL, &n), -CTG_EINVAL);
 	assert_null(ctg_cma_name(NULL));
+	ctg_cma_stat(NULL, NULL);
 	lend_close(l);
 }
 
@@ -832,6 +833,16 @@ static void test_not_past_the_area(void **state)
 	assert_int_equal(ctg_free_contig_range(l->ctg, pfn + 7, 1, NULL), -CTG_EINVAL);
 	assert_int_equal(ctg_free_frames(l->ctg, pfn), -CTG_EINVAL);
 	snapshot_check(l, before, true);
+	/* From an area into ordinary memory, both taken. */
+	assert_int_equal(ctg_cma_release(cma, pfn, 100, NULL), 0);
+	pfn = alloc_ok(cma, 2 * BLOCK, NULL);
+	assert_int_equal(ctg_alloc_contig_range(l->ctg, at(2 * BLOCK), 5, NULL), 0);
+	before = snapshot_take(l);
+	assert_int_equal(ctg_free_contig_range(l->ctg, at(2 * BLOCK - 5), 10, NULL), -CTG_EINVAL);
+	snapshot_check(l, before, true);
+	assert_int_equal(ctg_free_contig_range(l->ctg, at(2 * BLOCK), 5, NULL), 0);
+	release_ok(cma, pfn, 2 * BLOCK);
+	pfn = alloc_ok(cma, 100, NULL);
 	/* And what was taken past the area is not the area's to release. */
 	assert_int_equal(ctg_alloc_contig_range(l->ctg, at(BLOCK), 64, NULL), 0);
 	refuse(l, cma, at(BLOCK), 64);

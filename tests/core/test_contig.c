@@ -36,10 +36,10 @@ static void free_ok(struct lend *l, ctg_pfn_t pfn, uint64_t nr)
 struct script {
 	struct lend *l;
 	struct ctg_port sim; /* the hooks behind */
-	unsigned copies, zeros, waits;
+	unsigned copies, zeros, waits, spins;
 	/* What to do at the nth call of a hook; 0: nothing. */
-	unsigned cancel_at_copy, cancel_at_zero, advance_at_copy, advance_at_zero, hold_at_zero,
-		drop_at_wait;
+	unsigned cancel_at_copy, cancel_at_zero, cancel_at_wait, advance_at_copy, advance_at_zero,
+		hold_at_zero, drop_at_wait;
 	struct ctg_word32 cancel;
 	ctg_pfn_t frame; /* to hold or to drop */
 };
@@ -71,6 +71,8 @@ static int script_wait(
 	void *host, struct ctg_word32 *word, uint32_t expected, uint64_t deadline, bool killable)
 {
 	script.waits++;
+	if (script.waits == script.cancel_at_wait)
+		__atomic_store_n(&script.cancel.v, 1, __ATOMIC_RELEASE);
 	if (script.waits == script.drop_at_wait)
 		ctg_frame_put(script.l->ctg, script.frame, CTG_WORD_PIN1, 1);
 	return script.sim.wait(host, word, expected, deadline, killable);
@@ -359,6 +361,91 @@ static void test_looks_again(void **state)
 	assert_int_equal(report.obstacle, CTG_OBSTACLE_PIN);
 	check_taken(l, pfn, 4 * BLOCK, true);
 	check_stamps(l);
+	lend_close(l);
+}
+
+static void test_cancelled_while_waiting(void **state)
+{
+	struct lend *l = lend_open(2, 2, true);
+	struct ctg_cma *cma = lend_area(l, "a", 0, 2, 0);
+	struct ctg_alloc_request request = {.cancel = &script.cancel};
+	ctg_pfn_t pfn;
+	int other;
+
+	(void)state;
+	fill(l, 2 * BLOCK);
+	assert_int_equal(ctg_block_isolate(l->zone, at(BLOCK), &other), 0);
+	script_begin(l);
+	script.cancel_at_wait = 3;
+	assert_int_equal(ctg_cma_alloc(cma, BLOCK + 1, &request, &pfn), -CTG_EINTR);
+	assert_int_equal(script.waits, 3);
+	/* And before it has begun. */
+	assert_int_equal(ctg_alloc_contig_range(l->ctg, at(0), BLOCK + 1, &request), -CTG_EINTR);
+	script.cancel.v = 0;
+	script.cancel_at_wait = script.waits + 2;
+	assert_int_equal(ctg_alloc_contig_range(l->ctg, at(0), BLOCK + 1, &request), -CTG_EINTR);
+	ctg_block_unisolate(l->zone, at(BLOCK), &other);
+	check_stamps(l);
+	lend_close(l);
+}
+
+/* A range, not an area: FAST meets a frame in a cache only when it takes. */
+static void test_cached_frame_in_a_range(void **state)
+{
+	struct lend *l = lend_open(1, 2, true);
+	struct ctg_alloc_report report;
+	struct ctg_alloc_request request = {.report = &report, .mode = CTG_MODE_FAST};
+
+	(void)state;
+	lend_area(l, "a", 0, 1, 0);
+	fill(l, BLOCK);
+	assert_int_equal(ctg_munmap(l->mm, lend_frame(l, at(9))->index, 1), 0);
+	assert_int_equal(state_of(l, at(9)), CTG_FRAME_PCP);
+	assert_int_equal(ctg_alloc_contig_range(l->ctg, at(0), 10, &request), -CTG_EBUSY);
+	assert_int_equal(report.obstacle, CTG_OBSTACLE_CACHED);
+	assert_int_equal(report.obstacle_pfn, at(9));
+	check_no_isolation(l);
+	take_ok(l, at(0), 10);
+	lend_close(l);
+}
+
+static void script_relax(void *host)
+{
+	script.spins++;
+	if (script.spins == 3) {
+		/* The other is done with its two steps, and gives the frame back at once. */
+		struct ctg_frame *frame = lend_frame(script.l, script.frame);
+
+		ctg_store32_release(&frame->info, CTG_INFO(CTG_FRAME_CONTIG, 0, 0, 0));
+		ctg_store64_release(&frame->word, CTG_WORD_REF1);
+		assert_int_equal(ctg_contig_put(script.l->zone, script.frame, 1), 0);
+	}
+	script.sim.relax(host);
+}
+
+/* A frame that another taker has off the free lists and has not marked yet. */
+static void test_frame_between_two_steps(void **state)
+{
+	struct lend *l = lend_open(1, 2, true);
+	struct ctg_alloc_report report;
+	struct ctg_alloc_request request = {.report = &report, .mode = CTG_MODE_FAST};
+	ctg_pfn_t busy;
+	bool zeroed;
+
+	(void)state;
+	assert_int_equal(ctg_buddy_take_range(l->zone, at(BLOCK + 20), 1, NULL, &zeroed, &busy), 0);
+	lend_frame(l, at(BLOCK + 20))->info.v = CTG_FRAME_TAIL;
+	lend_frame(l, at(BLOCK + 20))->word.v = 0;
+	script_begin(l);
+	script.frame = at(BLOCK + 20);
+	l->ctg->port.relax = script_relax;
+	assert_int_equal(ctg_alloc_contig_range(l->ctg, at(BLOCK), 40, &request), -CTG_EBUSY);
+	assert_int_equal(report.obstacle, CTG_OBSTACLE_REF);
+	assert_int_equal(report.obstacle_pfn, at(BLOCK + 20));
+	assert_int_equal(script.spins, 0);
+	take_ok(l, at(BLOCK), 40);
+	assert_int_equal(script.spins, 3);
+	free_ok(l, at(BLOCK), 40);
 	lend_close(l);
 }
 
@@ -858,6 +945,9 @@ int main(void)
 		cmocka_unit_test(test_unmovable_fails_before_anything_moves),
 		cmocka_unit_test(test_isolated_by_another),
 		cmocka_unit_test(test_looks_again),
+		cmocka_unit_test(test_cancelled_while_waiting),
+		cmocka_unit_test(test_cached_frame_in_a_range),
+		cmocka_unit_test(test_frame_between_two_steps),
 		cmocka_unit_test(test_metadata_fails),
 		cmocka_unit_test(test_copy_fails),
 		cmocka_unit_test(test_zero_fails),
