@@ -192,9 +192,7 @@ int ctg_migrate_range(struct ctg_zone *zone, ctg_pfn_t start, uint64_t nr, unsig
 
 	CTG_ASSERT(nr != 0 && start - zone->base < zone->nr);
 	*stats = (struct ctg_migrate_stats){.obstacle_pfn = CTG_PFN_NONE};
-	ret = ctg_request_check(zone->ctg, request);
-	if (ret == 0)
-		ret = survey(&empty);
+	ret = survey(&empty);
 	if (ret != 0 || empty.max_pages == 0)
 		return ret;
 	moves = ctg_moves_alloc(zone, empty.max_pages, stats);

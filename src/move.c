@@ -96,13 +96,14 @@ static struct entries entries_of(
 
 /*
  * A large frame is one entry of level 1, or pieces of level 0; a small one is at level 0. Entries
- * of a higher level cannot be PRESENT, and nothing of the family's is below them.
+ * of a higher level cannot be PRESENT, and nothing of the family's is below them. The slot may be
+ * in other use by now: an entry is ours only if it says our frame.
  */
 static bool next_in_space(struct entries *e)
 {
 	const struct ctg_pte_ref *slot = &e->mm->slot;
 
-	if (slot->table == NULL || slot->level > 1 || (slot->level == 1 && !e->m->large))
+	if (slot->table == NULL || slot->level > 1)
 		return false;
 	while (e->next < ctg_move_pages(e->m)) {
 		unsigned index = slot->index;

@@ -5,7 +5,7 @@
 #define AREA_BASE (64 * PAGES)
 #define SPILL_BASE (128 * PAGES)
 
-/* Four pageblocks of ordinary memory, two that are lent as an area's are, six to spill into. */
+/* Four pageblocks of ordinary memory, two that are lent as an area's are, eight to spill into. */
 struct house {
 	struct world w;
 	struct ctg_zone *area, *spill;
@@ -25,7 +25,7 @@ static void house_open(struct house *h, bool area)
 {
 	struct ctg_zone_config lent = {.base = AREA_BASE, .nr = 2 * PAGES};
 	struct ctg_zone_config spill = {
-		.base = SPILL_BASE, .nr = 6 * PAGES, .flags = CTG_ZONE_SPILL};
+		.base = SPILL_BASE, .nr = 8 * PAGES, .flags = CTG_ZONE_SPILL};
 
 	memset(h, 0, sizeof(*h));
 	world_open(&h->w, 4);
@@ -201,6 +201,25 @@ static void test_no_room(void **state)
 	house_close(&h);
 }
 
+/* Then it does not try one frame after the other. */
+static void test_no_room_ends(void **state)
+{
+	struct ctg_counters counters;
+	struct house h;
+	struct hoard *hoard;
+	uint64_t moved;
+
+	(void)state;
+	house_open(&h, false);
+	hoard = fill_home(&h);
+	map_small(&h.w, h.mm, BASE, 2 * CTG_MIGRATE_BATCH_PAGES + 100);
+	assert_int_equal(ctg_migrate_home(h.w.ctg, UINT64_MAX, &moved), -CTG_ENOMEM);
+	ctg_counters_read(h.w.ctg, &counters);
+	assert_int_equal(counters.migrate_fail, CTG_MIGRATE_BATCH_PAGES);
+	hoard_free_all(&h.w, hoard);
+	house_close(&h);
+}
+
 /* Room for some small ones: those go. */
 static void test_some_room(void **state)
 {
@@ -251,6 +270,27 @@ static void test_pieces_last(void **state)
 	assert_int_equal(ctg_migrate_home(h.w.ctg, UINT64_MAX, &moved), 0);
 	assert_int_equal(moved, PAGES);
 	check_some(&h);
+	house_close(&h);
+}
+
+/* Pieces do not take the room of what is small anyway. */
+static void test_small_before_pieces(void **state)
+{
+	struct house h;
+	struct hoard *hoard;
+	uint64_t moved;
+
+	(void)state;
+	house_open(&h, false);
+	hoard = fill_home(&h);
+	spill_some(&h);
+	hoard_free_all(&h.w, hoard);
+	hoard = fragment(&h.w, PAGES + 20, SPILL_BASE);
+	assert_int_equal(ctg_migrate_home(h.w.ctg, UINT64_MAX, &moved), -CTG_ENOMEM);
+	assert_int_equal(moved, 40);
+	assert_int_equal(nr_spilled(h.mm), 2 * PAGES);
+	check_some(&h);
+	hoard_free_all(&h.w, hoard);
 	house_close(&h);
 }
 
@@ -309,6 +349,61 @@ static void test_held(void **state)
 	house_close(&h);
 }
 
+/* There was room for everything, in pieces: what is left is held. */
+static void test_held_after_pieces(void **state)
+{
+	struct house h;
+	struct hoard *hoard;
+	ctg_pfn_t small;
+	uint64_t moved;
+
+	(void)state;
+	house_open(&h, false);
+	hoard = fill_home(&h);
+	map_small(&h.w, h.mm, BASE, 40);
+	map_large(&h.w, h.mm, BASE + PAGES);
+	hoard_free_all(&h.w, hoard);
+	hoard = fragment(&h.w, PAGES + 100, SPILL_BASE);
+	small = pfn_of(h.mm, BASE + 4);
+	hold(&h.w, small, CTG_WORD_PIN1);
+	assert_int_equal(ctg_migrate_home(h.w.ctg, UINT64_MAX, &moved), -CTG_EBUSY);
+	assert_int_equal(moved, 39 + PAGES);
+	hold(&h.w, small, -CTG_WORD_PIN1);
+	hoard_free_all(&h.w, hoard);
+	house_close(&h);
+}
+
+/* One family finds no room, another is held: room is what lacks, whichever is looked at first. */
+static void test_no_room_and_held(void **state)
+{
+	(void)state;
+	for (unsigned turn = 0; turn < 2; turn++) {
+		struct house h;
+		struct hoard *all, *ordinary;
+		struct ctg_mm *mm[2];
+		ctg_pfn_t held;
+		uint64_t moved;
+
+		house_open(&h, true);
+		for (unsigned s = 0; s < 2; s++)
+			mm[s] = space_with(&h, CTG_GFP_SPILL | (s == turn ? CTG_GFP_NO_CMA : 0), 0);
+		all = fill_home(&h);
+		for (unsigned s = 0; s < 2; s++)
+			map_small(&h.w, mm[s], BASE, 10);
+		hoard_free_all(&h.w, all);
+		ordinary = hoard_orders(&h.w, 0, CTG_GFP_MOVABLE | CTG_GFP_NO_CMA);
+		held = pfn_of(mm[1 - turn], BASE + 3);
+		hold(&h.w, held, CTG_WORD_MAP1); /* found out when its family is walked */
+		assert_int_equal(ctg_migrate_home(h.w.ctg, UINT64_MAX, &moved), -CTG_ENOMEM);
+		assert_int_equal(moved, 9);
+		hold(&h.w, held, -CTG_WORD_MAP1);
+		hoard_free_all(&h.w, ordinary);
+		for (unsigned s = 0; s < 2; s++)
+			ctg_mm_destroy(mm[s], false);
+		house_close(&h);
+	}
+}
+
 /* ---- where it may go --------------------------------------------------------------------- */
 
 /* One space may not use areas, one nothing else. */
@@ -354,7 +449,7 @@ static void test_room_for_one(void **state)
 	struct house h;
 	struct hoard *all, *ordinary;
 	struct ctg_mm *mm[2];
-	const uint64_t nr[2] = {CTG_MIGRATE_BATCH_PAGES + 600, 30};
+	const uint64_t nr[2] = {CTG_MIGRATE_BATCH_PAGES + 300, 30};
 	uint64_t moved;
 
 	(void)state;
@@ -362,13 +457,16 @@ static void test_room_for_one(void **state)
 	mm[0] = space_with(&h, CTG_GFP_SPILL | CTG_GFP_NO_CMA, 0);
 	mm[1] = space_with(&h, CTG_GFP_SPILL, 0);
 	all = fill_home(&h);
-	for (unsigned s = 0; s < 2; s++)
-		map_small(&h.w, mm[s], BASE, nr[s]);
+	/* The scan meets a batch of the first's before the second's, from whichever end it comes.
+	 */
+	map_small(&h.w, mm[0], BASE, nr[0]);
+	map_small(&h.w, mm[1], BASE, nr[1]);
+	map_small(&h.w, mm[0], BASE + 8 * PAGES, nr[0]);
 	hoard_free_all(&h.w, all);
 	ordinary = hoard_orders(&h.w, 0, CTG_GFP_MOVABLE | CTG_GFP_NO_CMA);
 	assert_int_equal(ctg_migrate_home(h.w.ctg, UINT64_MAX, &moved), -CTG_ENOMEM);
 	assert_int_equal(moved, 30);
-	assert_int_equal(nr_spilled(mm[0]), nr[0]);
+	assert_int_equal(nr_spilled(mm[0]), 2 * nr[0]);
 	assert_int_equal(nr_spilled(mm[1]), 0);
 	hoard_free_all(&h.w, ordinary);
 	for (unsigned s = 0; s < 2; s++) {
@@ -381,6 +479,8 @@ static void test_room_for_one(void **state)
 /* Evacuation of an area honours NO_CMA too: a destination is not another area. */
 static void test_evacuate_no_cma(void **state)
 {
+	struct ctg_migrate_stats stats;
+	struct hoard *hoard;
 	struct house h;
 	struct ctg_mm *mm;
 	ctg_pfn_t old;
@@ -390,6 +490,9 @@ static void test_evacuate_no_cma(void **state)
 	mm = space_with(&h, CTG_GFP_NO_CMA, 0);
 	map_small(&h.w, mm, BASE, 30);
 	old = pfn_of(mm, BASE);
+	hoard = hoard_orders(&h.w, 0, CTG_GFP_MOVABLE | CTG_GFP_NO_CMA | CTG_GFP_SPILL);
+	assert_int_equal(evacuate(&h.w, old, 30, 1, NULL, &stats), -CTG_ENOMEM);
+	hoard_free_all(&h.w, hoard);
 	assert_int_equal(evacuate_block(&h.w, old), 30);
 	for (unsigned i = 0; i < 30; i++)
 		assert_ptr_equal(ctg_zone_of(h.w.ctg, pfn_of(mm, BASE + i)), h.w.zone);
@@ -474,10 +577,14 @@ int main(void)
 		cmocka_unit_test(test_arguments),
 		cmocka_unit_test(test_budget),
 		cmocka_unit_test(test_no_room),
+		cmocka_unit_test(test_no_room_ends),
 		cmocka_unit_test(test_some_room),
+		cmocka_unit_test(test_small_before_pieces),
 		cmocka_unit_test(test_pieces_last),
 		cmocka_unit_test(test_only_whole),
 		cmocka_unit_test(test_held),
+		cmocka_unit_test(test_held_after_pieces),
+		cmocka_unit_test(test_no_room_and_held),
 		cmocka_unit_test(test_gfp),
 		cmocka_unit_test(test_room_for_one),
 		cmocka_unit_test(test_evacuate_no_cma),

@@ -218,7 +218,10 @@ static void test_split_partly(void **state)
 	assert_int_equal(ctg_munmap(mm, BASE + 10, 490), 0);
 	assert_int_equal(ctg_word_map(word_of(&w, old)), 22);
 	assert_int_equal(world_free(&w), w.nr_free - PAGES);
+	ctg_sim_fail(w.sim, CTG_SIM_META_ALLOC, 0);
 	assert_int_equal(evacuate_block(&w, old), 22);
+	/* The pages have their table: only the batch takes memory. */
+	assert_int_equal(ctg_sim_fail(w.sim, CTG_SIM_META_ALLOC, 0), 1);
 	assert_int_equal(world_free(&w), w.nr_free - 22);
 	assert_int_equal(word_of(&w, pfn_of(mm, BASE)), CTG_WORD_MAP1);
 	check_stamp(&w, mm, BASE, 10);
@@ -452,6 +455,62 @@ static void test_batches(void **state)
 	world_close(&w);
 }
 
+/* A batch that has room for some small frames, but not for the large one that is next. */
+static void test_batch_does_not_fit(void **state)
+{
+	struct world w;
+	struct ctg_mm *mm;
+	struct ctg_migrate_stats stats;
+
+	(void)state;
+	world_open(&w, 8);
+	mm = space_new(&w, 0);
+	map_small(&w, mm, BASE, 700);
+	map_large(&w, mm, BASE + 2 * PAGES);
+	map_small(&w, mm, BASE + 3 * PAGES, 700);
+	count_calls(&w);
+	for (ctg_pfn_t pfn = w.zone->base; pfn < w.zone->base + w.zone->nr; pfn += 4 * PAGES) {
+		int ret = evacuate(&w, pfn, 4 * PAGES, 1, NULL, &stats);
+
+		assert_true(ret == 0 || ret == -CTG_ENOMEM);
+		assert_true(calls.max_copied <= CTG_MIGRATE_BATCH_PAGES);
+		check_stamp(&w, mm, BASE, 700);
+		check_stamp(&w, mm, BASE + 2 * PAGES, PAGES + 700);
+	}
+	assert_true(calls.copied >= 1400 + PAGES);
+	ctg_mm_destroy(mm, false);
+	world_close(&w);
+}
+
+/* Small frames do not go to memory that maps nothing smaller than a large one. */
+static void test_small_not_to_large_memory(void **state)
+{
+	struct world w;
+	struct ctg_mm *mm;
+	struct ctg_zone *large;
+	struct hoard *h;
+	struct ctg_migrate_stats stats;
+	struct ctg_zone_config config = {
+		.base = 64 * PAGES, .nr = 4 * PAGES, .map_order = CTG_PAGEBLOCK_ORDER};
+
+	(void)state;
+	world_open(&w, 4);
+	assert_int_equal(ctg_sim_add_zone(w.sim, &config, true, &large), 0);
+	mm = space_new(&w, 0);
+	map_small(&w, mm, BASE, 2 * PAGES);
+	h = hoard_orders(&w, 0, CTG_GFP_MOVABLE);
+	assert_int_equal(ctg_zone_release(large, config.base, config.nr, false), 0);
+	/* A whole pageblock of them, which is just what is free there. */
+	assert_int_equal(
+		evacuate(&w, pfn_of(mm, BASE) & ~(PAGES - 1), PAGES, 1, NULL, &stats), -CTG_ENOMEM);
+	assert_int_equal(counter_failed(&w), PAGES);
+	check_stamp(&w, mm, BASE, 2 * PAGES);
+	hoard_free_all(&w, h);
+	ctg_mm_destroy(mm, false);
+	assert_int_equal(world_free(&w), w.nr_free + config.nr);
+	ctg_sim_destroy(w.sim);
+}
+
 /* ---- a family ---------------------------------------------------------------------------- */
 
 /* Map the frame that `from` has at vpn in `to` as well, as fork would; both read-only. */
@@ -645,6 +704,8 @@ int main(void)
 		cmocka_unit_test(test_neighbours),
 		cmocka_unit_test(test_runs),
 		cmocka_unit_test(test_batches),
+		cmocka_unit_test(test_batch_does_not_fit),
+		cmocka_unit_test(test_small_not_to_large_memory),
 		cmocka_unit_test(test_family_small),
 		cmocka_unit_test(test_family_large),
 		cmocka_unit_test(test_family_pieces),

@@ -336,15 +336,19 @@ static void stage_close(void)
 static void run(unsigned set, unsigned point, unsigned act, enum ctg_sim_hook fails)
 {
 	struct ctg_migrate_stats stats;
+	uint32_t moved;
 	int ret;
 
 	stage_open(stages[set]);
 	stage.point = point;
 	stage.act = acts[act];
 	stage.fails = fails;
+	moved = ctg_load32_acquire(&stage.mm->moved);
 	ret = evacuate(&stage.w, stage.frame & ~(PAGES - 1), PAGES, 1, NULL, &stats);
 	assert_true(stage.acted);
 	stage.fails = CTG_SIM_NR_HOOKS;
+	/* Writers who have begun to wait look again, whatever came of it. */
+	assert_int_not_equal(ctg_load32_acquire(&stage.mm->moved), moved);
 	/* Whatever stopped it is named; a stranger's hold stops it if it comes before the switch.
 	 */
 	assert_int_equal(ret == 0, stats.obstacle == CTG_OBSTACLE_NONE);
@@ -462,24 +466,26 @@ static void act_sleep(struct stage *s)
 
 static void test_sleeper_on_source(void **state)
 {
-	struct ctg_migrate_stats stats;
-
 	(void)state;
-	for (unsigned point = BEFORE_RESTRICT; point <= BEFORE_INSTALL; point++) {
-		struct ctg_word32 *wait;
-		uint32_t ticket;
+	for (unsigned point = BEFORE_RESTRICT; point <= BEFORE_INSTALL; point++)
+		for (unsigned fails = 0; fails < 2; fails++) {
+			struct ctg_migrate_stats stats;
+			struct ctg_word32 *wait;
+			uint32_t ticket;
 
-		stage_open(stage_small);
-		wait = &stage.w.ctg->frame_wait[stage.frame % CTG_FRAME_WAITS];
-		ticket = ctg_load32_acquire(wait);
-		stage.point = point;
-		stage.act = act_sleep;
-		assert_int_equal(
-			evacuate(&stage.w, stage.frame & ~(PAGES - 1), PAGES, 1, NULL, &stats), 0);
-		assert_int_not_equal(ctg_load32_acquire(wait), ticket);
-		assert_int_equal(word_of(&stage.w, stage.frame), 0);
-		stage_close();
-	}
+			stage_open(stage_small);
+			wait = &stage.w.ctg->frame_wait[stage.frame % CTG_FRAME_WAITS];
+			ticket = ctg_load32_acquire(wait);
+			stage.point = point;
+			stage.act = act_sleep;
+			stage.fails = fails ? CTG_SIM_INSTALL : CTG_SIM_NR_HOOKS;
+			assert_int_equal(evacuate(&stage.w, stage.frame & ~(PAGES - 1), PAGES, 1,
+						 NULL, &stats),
+				fails ? -CTG_ENOMEM : 0);
+			assert_int_not_equal(ctg_load32_acquire(wait), ticket);
+			assert_int_equal(word_of(&stage.w, stage.frame), fails ? CTG_WORD_MAP1 : 0);
+			stage_close();
+		}
 }
 
 /* ---- with threads ------------------------------------------------------------------------ */

@@ -433,6 +433,70 @@ static void test_request_between_batches(void **state)
 	world_close(&w);
 }
 
+/* On the last look, what does not move decides: the batches that would follow are not copied. */
+static void test_last_look_ends(void **state)
+{
+	struct ctg_migrate_stats stats;
+	struct world w;
+	struct ctg_mm *mm;
+	ctg_pfn_t pfn[4], low = CTG_PFN_NONE;
+
+	(void)state;
+	world_open(&w, 16);
+	mm = space_new(&w, 0);
+	for (unsigned i = 0; i < 4; i++) {
+		pfn[i] = map_large(&w, mm, BASE + i * PAGES);
+		low = pfn[i] < low ? pfn[i] : low;
+	}
+	for (unsigned i = 0; i < 4; i++)
+		assert_in_range(pfn[i], low, low + 3 * PAGES);
+	hold(&w, low, CTG_WORD_PIN1);
+	assert_int_equal(evacuate(&w, low, 4 * PAGES, 1, NULL, &stats), -CTG_EBUSY);
+	assert_int_equal(stats.frames_moved, 0);
+	assert_int_equal(evacuate(&w, low, 4 * PAGES, 2, NULL, &stats), -CTG_EBUSY);
+	assert_int_equal(stats.frames_moved, 3 * PAGES);
+	hold(&w, low, -CTG_WORD_PIN1);
+	check_stamp(&w, mm, BASE, 4 * PAGES);
+	ctg_mm_destroy(mm, false);
+	world_close(&w);
+}
+
+static struct {
+	struct scene *s;
+	bool done;
+} growing;
+
+static void *map_and_alloc(void *host, size_t bytes, size_t align)
+{
+	if (!growing.done) {
+		growing.done = true;
+		map_large(&growing.s->w, growing.s->mm, BASE + 4 * PAGES);
+	}
+	return growing.s->w.port.meta_alloc(host, bytes, align);
+}
+
+/* In a range that is not isolated, a frame appears that the batch was not made for. */
+static void test_large_appears(void **state)
+{
+	struct ctg_migrate_stats stats;
+	struct scene s;
+
+	(void)state;
+	scene_open(&s);
+	growing.s = &s;
+	growing.done = false;
+	s.w.ctg->port.meta_alloc = map_and_alloc;
+	assert_int_equal(ctg_migrate_range(s.w.zone, s.w.zone->base, s.w.zone->nr, EVACUATE_GFP, 1,
+				 NULL, &stats),
+		-CTG_EBUSY);
+	assert_true(growing.done);
+	assert_int_equal(stats.obstacle, CTG_OBSTACLE_REF);
+	assert_int_equal(stats.obstacle_pfn, pfn_of(s.mm, BASE + 4 * PAGES));
+	check_stamp(&s.w, s.mm, BASE, SCENE_PAGES);
+	check_stamp(&s.w, s.mm, BASE + 4 * PAGES, PAGES);
+	scene_close(&s);
+}
+
 /* ---- every failure in turn --------------------------------------------------------------- */
 
 /* A large frame, a split one, one that is partly mapped, and small ones: one batch each. */
@@ -611,6 +675,77 @@ static void test_no_room(void **state)
 	}
 }
 
+static struct {
+	struct ctg_port port;
+	int ret;
+	unsigned copies;
+} refusing;
+
+static int refuse_restrict(void *host, struct ctg_mm *mm, const struct ctg_vrange *ranges,
+	size_t nr, enum ctg_tlb_how how)
+{
+	if (how == CTG_TLB_WRPROTECT)
+		return refusing.ret;
+	return refusing.port.tlb_restrict(host, mm, ranges, nr, how);
+}
+
+static int refuse_copy(void *host, const struct ctg_copy_run *runs, size_t nr)
+{
+	(void)host;
+	(void)runs;
+	(void)nr;
+	refusing.copies++;
+	return -CTG_ENOMEM;
+}
+
+/* A port may have no room for the mappings of a move, or not be able to stop the owner now. */
+static void test_restrict_errors(void **state)
+{
+	static const int errors[] = {-CTG_ENOMEM, -CTG_EBUSY, -CTG_EAGAIN};
+
+	(void)state;
+	for (unsigned i = 0; i < 3; i++) {
+		struct ctg_migrate_stats stats;
+		struct before *before;
+		struct scene s;
+
+		scene_open(&s);
+		refusing.port = s.w.port;
+		refusing.ret = errors[i];
+		s.w.ctg->port.tlb_restrict = refuse_restrict;
+		before = before_take(&s.w, s.mm, BASE, SCENE_PAGES);
+		assert_int_equal(evacuate(&s.w, s.block, PAGES, 1, NULL, &stats),
+			i == 0 ? -CTG_ENOMEM : -CTG_EBUSY);
+		assert_int_equal(stats.obstacle, CTG_OBSTACLE_PORT);
+		before_check(&s.w, s.mm, before, 0);
+		scene_close(&s);
+	}
+}
+
+/* One family cannot move for want of memory: the next is not copied any more. */
+static void test_no_memory_ends(void **state)
+{
+	struct ctg_migrate_stats stats;
+	struct ctg_mm *other;
+	struct scene s;
+
+	(void)state;
+	scene_open(&s);
+	other = space_new(&s.w, 0);
+	map_small(&s.w, other, BASE, 3);
+	assert_true(in_block(pfn_of(other, BASE), s.block));
+	refusing.port = s.w.port;
+	refusing.copies = 0;
+	s.w.ctg->port.copy = refuse_copy;
+	assert_int_equal(evacuate(&s.w, s.block, PAGES, 3, NULL, &stats), -CTG_ENOMEM);
+	assert_int_equal(refusing.copies, 1);
+	check_stamp(&s.w, s.mm, BASE, SCENE_PAGES);
+	check_stamp(&s.w, other, BASE, 3);
+	ctg_mm_destroy(other, false);
+	s.w.meta_bytes += sizeof(struct ctg_anon); /* families stay */
+	scene_close(&s);
+}
+
 /* Some families do, others do not: all is right with both. */
 static void test_hooks_fail_families(void **state)
 {
@@ -672,6 +807,10 @@ int main(void)
 		cmocka_unit_test(test_request_before),
 		cmocka_unit_test(test_request_while_waiting),
 		cmocka_unit_test(test_request_between_batches),
+		cmocka_unit_test(test_last_look_ends),
+		cmocka_unit_test(test_large_appears),
+		cmocka_unit_test(test_restrict_errors),
+		cmocka_unit_test(test_no_memory_ends),
 		cmocka_unit_test(test_hooks_fail),
 		cmocka_unit_test(test_pieces_fail),
 		cmocka_unit_test(test_no_room),
