@@ -57,7 +57,7 @@ struct ctg_region;
 /*
  * Open a region: get the memory, build a machine over it, lend all of it as one area.
  * error: may be NULL. Context: any thread; sleeps (hugetlb pages are allocated and sorted: about a
- * second a GiB, several when memory is fragmented).
+ * second a GiB, up to half a minute where free memory is in pieces and longer runs are looked for).
  * Returns 0; -EINVAL: bytes zero, unaligned, overflowing, unknown backing; -ENOMEM: more than the
  * machine or the hugetlb pool has; what open or mmap of the file returned.
  */

@@ -29,7 +29,8 @@
 #define POOL "/sys/kernel/mm/hugepages/hugepages-2048kB/"
 #define HUGETLB_BASE ((ctg_pfn_t)0x100000)
 #define GROW_MAX 16u
-#define GROW_MAX_NS UINT64_C(10000000000)
+/* Free memory in pieces: a buffer that the area cannot hold is worse than a slow start. */
+#define GROW_MAX_NS UINT64_C(30000000000)
 #define GROW_NS UINT64_C(500000000)
 #define GROW_PAGE_NS UINT64_C(2000000)
 #ifndef MADV_POPULATE_WRITE
@@ -255,12 +256,9 @@ static bool set_may_grow(const struct huge_set *set, uint32_t step)
 /* Until when to look for longer runs than there are. */
 static uint64_t set_patience(const struct huge_set *set, uint32_t want, uint64_t start)
 {
-	/* Too few long ones to make an area at all. */
-	if (set_runs_for(set, want) == 0)
+	/* Too few long ones to make an area at all, or one that large buffers do not fit in. */
+	if (set_runs_for(set, want) == 0 || set->run[0].nr < want / 4 * 3)
 		return start + GROW_MAX_NS;
-	/* Large buffers would not fit. */
-	if (set->run[0].nr < want / 4 * 3)
-		return start + 4 * (GROW_NS + want * GROW_PAGE_NS);
 	return start + GROW_NS + want * GROW_PAGE_NS;
 }
 
