@@ -21,6 +21,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#define SETTLE_LOOK_NS 1000000
 #define MUST_PAUSE_NS 1000000
 #define MUST_GIVE_UP_NS UINT64_C(10000000000)
 
@@ -84,8 +85,8 @@ static void settle_op(struct posix_space *space, const struct posix_op *op)
 		space->stall_max_ns = now - since;
 }
 
-/* It was converted or unmapped between the core's look at it and tlb_restrict: nothing is mapped over
- * it, so the protection that tlb_restrict put on it must be taken off. */
+/* It was converted or unmapped between the core's look at it and tlb_restrict: nothing is mapped
+ * over it, so the protection that tlb_restrict put on it must be taken off. */
 static void settle_skipped(struct posix_space *space, uint64_t addr, uint64_t bytes)
 {
 	if (posix_ranges_remove(space, &space->moving, addr, bytes) == UINT64_MAX)
@@ -169,7 +170,18 @@ static void ops_for_mapping(
 	}
 }
 
-/* Make the mapping agree with the table, but for private chunks and what is moving. */
+/* A migration has marked a page of ours. It tells us when it has installed it; one that gives up
+ * before it has asked us anything tells nobody, hence the limit. */
+static void wait_settled(struct posix_space *space)
+{
+	uint64_t until = posix_now(NULL) + SETTLE_LOOK_NS;
+	const struct timespec ts = {
+		.tv_sec = (time_t)(until / 1000000000u), .tv_nsec = (long)(until % 1000000000u)};
+
+	pthread_cond_clockwait(&space->settled, &space->lock, CLOCK_MONOTONIC, &ts);
+}
+
+/* Make the mapping agree with the table, but for private chunks. */
 static int space_sync(struct op_list *list, const struct ctg_vrange *ranges, size_t nr)
 {
 	struct posix_space *space = list->space;
@@ -198,10 +210,15 @@ static int space_sync(struct op_list *list, const struct ctg_vrange *ranges, siz
 			}
 			if (m.vpn + m.nr < stop)
 				stop = m.vpn + m.nr;
+			if (m.moving && m.prot != CTG_PROT_NONE && list->settle) {
+				ops_flush(list);
+				if (list->error != 0 || space->dead)
+					return list->error;
+				wait_settled(space);
+				continue;
+			}
 			if (!m.moving || m.prot == CTG_PROT_NONE)
 				ops_for_mapping(list, vpn, stop - vpn, &m);
-			else
-				space->behind = true;
 			vpn = stop;
 		}
 	}
@@ -307,12 +324,10 @@ int posix_tlb_restrict(void *host, struct ctg_mm *mm, const struct ctg_vrange *r
 		ret = 0;
 	else if (how == CTG_TLB_WRPROTECT)
 		ret = wrprotect(space, ranges, nr);
-	else {
-		space->refused.nr = 0;
+	else
 		ret = space_sync(&list, ranges, nr);
-	}
 	if (ret != 0)
-		space->refused = ranges[0];
+		space->refused_to = posix_gettid();
 	pthread_mutex_unlock(&space->lock);
 	return ret;
 }
@@ -326,40 +341,56 @@ static void forget_moving(struct posix_space *space, const struct ctg_vrange *ra
 }
 
 /*
- * The core also calls tlb_install for a batch that tlb_restrict has refused. Its mapping is what it was,
- * and the process perhaps does not answer (which is why it was refused): it must not be waited for.
- * Only one batch of an mm moves at a time.
+ * The core also calls tlb_install for a batch that tlb_restrict has refused. Its mapping is what it
+ * was, and the process perhaps does not answer (which is why it was refused): it must not be waited
+ * for. The same thread calls both, with nothing else of this space between, and only one batch of a
+ * space moves at a time.
  */
-static bool was_refused(struct posix_space *space, const struct ctg_vrange *ranges)
+static bool was_refused(struct posix_space *space, pid_t self)
 {
-	bool refused = space->refused.nr != 0 && space->refused.vpn == ranges[0].vpn &&
-		       space->refused.nr == ranges[0].nr && !space->behind;
+	bool refused = space->refused_to == self;
 
 	if (refused)
-		space->refused.nr = 0;
+		space->refused_to = 0;
 	return refused;
+}
+
+/* The place of tid (0: a free one) among those whose tlb_install has failed; NULL: there is none.
+ */
+static pid_t *unsettled(struct posix_space *space, pid_t tid)
+{
+	for (unsigned i = 0; i < POSIX_MAX_UNSETTLED; i++)
+		if (space->unsettled[i] == tid)
+			return &space->unsettled[i];
+	return NULL;
 }
 
 int posix_tlb_install(void *host, struct ctg_mm *mm, const struct ctg_vrange *ranges, size_t nr)
 {
 	struct posix_space *space = ctg_mm_owner(mm);
 	struct op_list list = {.space = space, .settle = true};
+	pid_t self = posix_gettid(), *place;
 	int ret = 0;
 
 	(void)host;
 	pthread_mutex_lock(&space->lock);
-	list.must = space->unsettled > 0;
-	if (!space->dead && (list.must || !was_refused(space, ranges))) {
-		space->behind = false;
+	place = unsettled(space, self);
+	list.must = place != NULL;
+	if (place == NULL)
+		place = unsettled(space, 0);
+	/* Whoever cannot be remembered may not fail the first time either. */
+	if (place == NULL)
+		list.must = true;
+	else
+		*place = self;
+	if (!was_refused(space, self) && !space->dead) {
 		if (!list.must && posix_self_spoiled(space, ranges, nr))
 			ret = -CTG_ENOMEM;
 		else
 			ret = space_sync(&list, ranges, nr);
 	}
-	if (ret != 0)
-		space->unsettled++;
-	else if (list.must)
-		space->unsettled--;
+	if (ret == 0 && place != NULL)
+		*place = 0;
 	if (space->dead)
 		forget_moving(space, ranges, nr);
 	posix_space_settle(space);

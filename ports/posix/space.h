@@ -50,6 +50,7 @@ enum posix_guard {
 	POSIX_GUARD_STOP, /* stop the threads of the space's process */
 };
 
+#define POSIX_MAX_UNSETTLED 4
 struct posix_range {
 	uint64_t addr, bytes;
 	uint64_t since; /* ns: when writers were kept out */
@@ -90,10 +91,10 @@ struct posix_space {
 	uint64_t stall_max_ns; /* longest time writers were kept out, since posix_space_stall_reset */
 	bool stopped;     /* POSIX_GUARD_STOP: its threads are stopped now */
 	unsigned guarded; /* POSIX_GUARD_STOP: posix_guard_protect without its release */
-	unsigned unsettled; /* tlb_install calls that failed and will be called again: may not fail */
-	struct ctg_vrange refused; /* the first range of a batch that tlb_restrict has refused and that
-				      tlb_install will be called for; nr 0: none */
-	bool behind; /* a moving entry that has changed was left to its migration's tlb_install */
+	/* Threads whose tlb_install has failed and is called again, and may not fail then; 0: free */
+	pid_t unsettled[POSIX_MAX_UNSETTLED];
+	pid_t refused_to; /* the thread whose batch tlb_restrict has refused, and which will call
+			     tlb_install for it; 0: none */
 	struct posix_range *spare; /* so that a range can be split without memory */
 	/* Under lock. Whoever sets it broadcasts settled: posix_space_set_dead. Mapping operations are
 	 * then left out; frames come back with posix_space_destroy. */
