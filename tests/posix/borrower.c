@@ -307,6 +307,12 @@ static long leave_child(void)
 	return 0;
 }
 
+static long spoil(atomic_bool *how)
+{
+	*how = true;
+	return 0;
+}
+
 static long carry_out(const char *line)
 {
 	char verb[16] = "";
@@ -340,9 +346,9 @@ static long carry_out(const char *line)
 	if (strcmp(verb, "request") == 0)
 		return nonsense(a);
 	if (strcmp(verb, "ack") == 0)
-		return !(lie = true);
+		return spoil(&lie);
 	if (strcmp(verb, "mute") == 0)
-		return !(mute = true);
+		return spoil(&mute);
 	if (strcmp(verb, "vfork") == 0)
 		return leave_child();
 	if (strcmp(verb, "exec") == 0)
