@@ -528,6 +528,48 @@ static void test_there_and_back(void **state)
 	house_close(&h);
 }
 
+static struct {
+	struct ctg_port port;
+	unsigned calls;
+	uint64_t frames;
+} discards;
+
+static void count_discard(void *host, ctg_pfn_t pfn, uint64_t nr)
+{
+	discards.calls++;
+	discards.frames += nr;
+	discards.port.discard(host, pfn, nr);
+}
+
+/* The memory behind what has come home is given back, in runs. */
+static void test_discard(void **state)
+{
+	struct house h;
+	struct hoard *hoard;
+	ctg_pfn_t old;
+	uint64_t moved;
+
+	(void)state;
+	house_open(&h, false);
+	h.spill->flags |= CTG_ZONE_DISCARD;
+	hoard = fill_home(&h);
+	map_small(&h.w, h.mm, BASE, 200);
+	map_large(&h.w, h.mm, BASE + PAGES);
+	old = pfn_of(h.mm, BASE + PAGES);
+	hoard_free_all(&h.w, hoard);
+	memset(&discards, 0, sizeof(discards));
+	discards.port = h.w.port;
+	h.w.ctg->port.discard = count_discard;
+	assert_int_equal(ctg_migrate_home(h.w.ctg, UINT64_MAX, &moved), 0);
+	assert_int_equal(moved, 200 + PAGES);
+	assert_int_equal(discards.frames, moved);
+	assert_in_range(discards.calls, 1, 20);
+	assert_int_equal(*(uint64_t *)ctg_sim_frame(h.w.sim, old), 0);
+	check_stamp(&h.w, h.mm, BASE, 200);
+	check_stamp(&h.w, h.mm, BASE + PAGES, PAGES);
+	house_close(&h);
+}
+
 /* ---- failures ---------------------------------------------------------------------------- */
 
 static void test_hooks_fail(void **state)
@@ -589,6 +631,7 @@ int main(void)
 		cmocka_unit_test(test_room_for_one),
 		cmocka_unit_test(test_evacuate_no_cma),
 		cmocka_unit_test(test_there_and_back),
+		cmocka_unit_test(test_discard),
 		cmocka_unit_test(test_hooks_fail),
 	};
 
