@@ -223,9 +223,11 @@ static size_t collect_ranges(struct ctg_moves *b, unsigned member)
 
 		if (!m->restricted || (m->members & ctg_move_member(member)) == 0)
 			continue;
-		if (last != NULL && last->vpn + last->nr == m->vpn)
-			last->nr += ctg_move_pages(m);
-		else
+		if (last != NULL && m->vpn <= last->vpn + last->nr) {
+			/* Pages of a large frame in pieces may have been mapped anew to small ones. */
+			if (m->vpn + ctg_move_pages(m) > last->vpn + last->nr)
+				last->nr = m->vpn + ctg_move_pages(m) - last->vpn;
+		} else
 			b->range[nr++] = (struct ctg_vrange){m->vpn, ctg_move_pages(m)};
 	}
 	return nr;

@@ -85,6 +85,35 @@ static bool memory_short(struct model *m, const struct space *s)
 	return s->map_order != 0 ? large == 0 : stat.nr_free + stat.nr_pcp == 0;
 }
 
+/* ---- what the port is told ------------------------------------------------------------------- */
+
+/* Ranges are sorted, do not overlap, and lie in the window. */
+static void check_ranges(const struct ctg_vrange *ranges, size_t nr)
+{
+	ctg_vpn_t next = BASE;
+
+	assert_true(nr != 0);
+	for (size_t i = 0; i < nr; i++) {
+		assert_true(ranges[i].nr != 0 && ranges[i].vpn >= next);
+		next = ranges[i].vpn + ranges[i].nr;
+	}
+	assert_true(next <= BASE + WINDOW);
+}
+
+static int checked_restrict(void *host, struct ctg_mm *mm, const struct ctg_vrange *ranges,
+	size_t nr, enum ctg_tlb_how how)
+{
+	check_ranges(ranges, nr);
+	return model.w.port.tlb_restrict(host, mm, ranges, nr, how);
+}
+
+static int checked_install(
+	void *host, struct ctg_mm *mm, const struct ctg_vrange *ranges, size_t nr)
+{
+	check_ranges(ranges, nr);
+	return model.w.port.tlb_install(host, mm, ranges, nr);
+}
+
 /* ---- operations ------------------------------------------------------------------------------ */
 
 static struct ctg_vrange random_range(struct model *m, const struct space *s)
@@ -410,6 +439,8 @@ static void run_seed(uint64_t seed)
 		rnd(m, 2);
 	m->blocks = 5 + rnd(m, BLOCKS_MAX - 4);
 	world_open(&m->w, m->blocks);
+	m->w.ctg->port.tlb_restrict = checked_restrict;
+	m->w.ctg->port.tlb_install = checked_install;
 	for (unsigned i = 0; i < SPACES; i++) {
 		m->space[i].map_order = i != 0 && rnd(m, 4) == 0 ? CTG_PAGEBLOCK_ORDER : 0;
 		m->space[i].mm = space_new(&m->w, m->space[i].map_order);
