@@ -127,8 +127,7 @@ static void take_while(struct fixture *f, void *(*fn)(void *), void *arg, size_t
 	uint64_t end = posix_now(NULL) + UINT64_C(20000000000);
 
 	for (unsigned i = 0; i < nr; i++)
-		assert_int_equal(
-			pthread_create(&thread[i], NULL, fn, (char *)arg + i * size), 0);
+		assert_int_equal(pthread_create(&thread[i], NULL, fn, (char *)arg + i * size), 0);
 	while (f->takes < ROUNDS && posix_now(NULL) < end)
 		take_once(f);
 	__atomic_store_n(&f->stop, 1, __ATOMIC_RELEASE);
@@ -137,7 +136,8 @@ static void take_while(struct fixture *f, void *(*fn)(void *), void *arg, size_t
 	assert_true(f->takes >= ROUNDS);
 }
 
-/* ---- user-mode writers --------------------------------------------------------------------------- */
+/* ---- user-mode writers
+ * --------------------------------------------------------------------------- */
 
 struct counter {
 	struct fixture *f;
@@ -183,12 +183,13 @@ static void writers(const char *backing, bool force_stop)
 	close_region(&f);
 }
 
-/* ---- the kernel writes ----------------------------------------------------------------------------- */
+/* ---- the kernel writes
+ * ----------------------------------------------------------------------------- */
 
 struct stream {
 	struct fixture *f;
 	int fd[2];
-	uint64_t words; /* read and verified */
+	uint64_t words;         /* read and verified */
 	uint64_t offset, bytes; /* of the heap: what it reads into */
 	bool socket;
 };
@@ -331,11 +332,12 @@ static void randoms(const char *backing, bool force_stop)
 	free(d);
 }
 
-/* ---- others use the core meanwhile ------------------------------------------------------------------ */
+/* ---- others use the core meanwhile
+ * ------------------------------------------------------------------ */
 
 /*
- * Maps and unmaps beside the take-backs. Under POSIX_GUARD_STOP these threads are stopped with locks
- * of the core held, which the mover must survive.
+ * Maps and unmaps beside the take-backs. Under POSIX_GUARD_STOP these threads are stopped with
+ * locks of the core held, which the mover must survive.
  */
 static void *churn_main(void *arg)
 {
@@ -392,7 +394,8 @@ CASES(streams)
 CASES(randoms)
 CASES(churn)
 
-/* ---- the calls themselves ---------------------------------------------------------------------------- */
+/* ---- the calls themselves
+ * ---------------------------------------------------------------------------- */
 
 static void test_bad_calls(void **state)
 {
@@ -462,10 +465,11 @@ static void test_addresses_are_reused(void **state)
 			first = again;
 		assert_ptr_equal(again, first);
 		assert_int_equal(
-			ctg_region_unmap(f.region, (char *)again + CTG_PAGE_SIZE, CTG_PAGE_SIZE), 0);
+			ctg_region_unmap(f.region, (char *)again + CTG_PAGE_SIZE, CTG_PAGE_SIZE),
+			0);
 		assert_int_equal(ctg_region_unmap(f.region, again, CTG_PAGE_SIZE), 0);
-		assert_int_equal(ctg_region_unmap(
-					 f.region, (char *)again + 2 * CTG_PAGE_SIZE, CTG_PAGE_SIZE),
+		assert_int_equal(ctg_region_unmap(f.region, (char *)again + 2 * CTG_PAGE_SIZE,
+					 CTG_PAGE_SIZE),
 			0);
 	}
 	close_region(&f);
