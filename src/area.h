@@ -117,6 +117,13 @@ ctg_pfn_t ctg_contig_look(struct ctg_zone *zone, ctg_pfn_t start, uint64_t nr,
 	const struct ctg_alloc_request *request, struct ctg_alloc_report *report);
 
 /*
+ * Wait, in NORMAL for a few milliseconds, until nothing of the range is held, so that nothing is
+ * moved in vain. 0; -EBUSY, -ETIMEDOUT, -EINTR.
+ */
+int ctg_contig_wait_unheld(struct ctg_zone *zone, ctg_pfn_t start, uint64_t nr,
+	const struct ctg_alloc_request *request, struct ctg_alloc_report *report);
+
+/*
  * Drop one plain reference of each frame of a range whose frames are all CONTIG and free those that
  * nobody else holds, in runs. Returns the number of those that somebody does.
  */

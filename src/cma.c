@@ -351,8 +351,9 @@ static int try_window(struct call *call, ctg_pfn_t pfn)
 	int ret = 0;
 
 	call->report.windows_tried++;
-	if (!call->search.use_held &&
-		ctg_contig_look(cma->zone, pfn, nr, request, &call->report) != CTG_PFN_NONE) {
+	if (call->search.use_held) {
+		ret = ctg_contig_wait_unheld(cma->zone, pfn, nr, request, &call->report);
+	} else if (ctg_contig_look(cma->zone, pfn, nr, request, &call->report) != CTG_PFN_NONE) {
 		ret = -CTG_EBUSY;
 		if (!call->fast)
 			avoid = &call->search.held;

@@ -202,6 +202,30 @@ ctg_pfn_t ctg_contig_look(struct ctg_zone *zone, ctg_pfn_t start, uint64_t nr,
 	return CTG_PFN_NONE;
 }
 
+int ctg_contig_wait_unheld(struct ctg_zone *zone, ctg_pfn_t start, uint64_t nr,
+	const struct ctg_alloc_request *request, struct ctg_alloc_report *report)
+{
+	struct ctg *ctg = zone->ctg;
+	const struct ctg_port *port = &ctg->port;
+	uint64_t now = port->now(port->host);
+	uint64_t patience = is_fast(request) ? now : now + NORMAL_ROUNDS * LOOK_AGAIN_NS;
+
+	while (ctg_contig_look(zone, start, nr, request, report) != CTG_PFN_NONE) {
+		int ret;
+
+		if (now >= patience || report->obstacle == CTG_OBSTACLE_UNMOVABLE)
+			return -CTG_EBUSY;
+		ret = ctg_frame_wait(ctg, report->obstacle_pfn, report->obstacle_word,
+			wait_until(request, now, LOOK_AGAIN_NS), true);
+		if (ret != -CTG_EINTR)
+			ret = ctg_request_check(ctg, request);
+		if (ret != 0)
+			return ret;
+		now = port->now(port->host);
+	}
+	return 0;
+}
+
 /* ---- putting --------------------------------------------------------------------------------- */
 
 /*
@@ -557,10 +581,9 @@ static int take_range(struct ctg_zone *zone, ctg_pfn_t start, uint64_t nr,
 		int ret;
 
 		report->windows_tried++;
-		/* FAST does not wait for what is held, and does not move anything in vain. */
-		if (is_fast(request) &&
-			ctg_contig_look(zone, start, nr, request, report) != CTG_PFN_NONE)
-			return -CTG_EBUSY;
+		ret = ctg_contig_wait_unheld(zone, start, nr, request, report);
+		if (ret != 0)
+			return ret;
 		ret = ctg_contig_take(zone, start, nr, ctg_mode_rounds(request), zero, request,
 			report, &isolated);
 		if (isolated)

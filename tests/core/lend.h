@@ -80,6 +80,11 @@ static inline void lend_close(struct lend *l)
 	free(l);
 }
 
+static inline ctg_pfn_t at(uint64_t offset)
+{
+	return LEND_BASE + offset;
+}
+
 /* An area of one range, in pageblocks of the zone. */
 static inline struct ctg_cma *lend_area(
 	struct lend *l, const char *name, uint64_t first, uint64_t blocks, unsigned order_per_bit)
@@ -229,6 +234,51 @@ static inline void check_no_isolation(struct lend *l)
 		assert_null(l->zone->blocks[i].isolated_by);
 }
 
+/* Lend all that is left, which is nr frames, as single pages. */
+static inline void fill(struct lend *l, uint64_t nr)
+{
+	assert_int_equal(lend_small(l, nr), nr);
+	assert_int_equal(lend_small(l, 1), 0);
+	ctg_drain_caches(l->ctg);
+}
+
+static inline void pin(struct lend *l, ctg_pfn_t pfn)
+{
+	ctg_add64_acq_rel(&lend_frame(l, pfn)->word, CTG_WORD_PIN1);
+}
+
+static inline void unpin(struct lend *l, ctg_pfn_t pfn)
+{
+	ctg_frame_put(l->ctg, pfn, CTG_WORD_PIN1, 1);
+}
+
+static inline ctg_pfn_t alloc_ok(
+	struct ctg_cma *cma, uint64_t nr, const struct ctg_alloc_request *request)
+{
+	ctg_pfn_t pfn = CTG_PFN_NONE;
+
+	assert_int_equal(ctg_cma_alloc(cma, nr, request, &pfn), 0);
+	assert_int_not_equal(pfn, CTG_PFN_NONE);
+	return pfn;
+}
+
+static inline void release_ok(struct ctg_cma *cma, ctg_pfn_t pfn, uint64_t nr)
+{
+	uint64_t held = UINT64_MAX;
+
+	assert_int_equal(ctg_cma_release(cma, pfn, nr, &held), 0);
+	assert_int_equal(held, 0);
+}
+
+static inline struct ctg_cma_stat stat_of(struct ctg_cma *cma)
+{
+	struct ctg_cma_stat stat;
+
+	ctg_cma_stat(cma, &stat);
+	assert_int_equal(stat.nr, stat.nr_allocated + stat.nr_free + stat.nr_lent);
+	return stat;
+}
+
 /*
  * Everything that a failed call must leave as it was. Where frames may have moved meanwhile
  * (which their owners cannot see), the frames themselves are left out.
@@ -340,6 +390,19 @@ static inline void snapshot_check(struct lend *l, struct snapshot *s, bool frame
 	check_stamps(l);
 	snapshot_free(now);
 	snapshot_free(s);
+}
+
+/* A release that must change nothing. */
+static inline void refuse(struct lend *l, struct ctg_cma *cma, ctg_pfn_t pfn, uint64_t nr)
+{
+	struct snapshot *before = snapshot_take(l);
+	unsigned events = l->nr_events;
+	uint64_t held = 77;
+
+	assert_int_equal(ctg_cma_release(cma, pfn, nr, &held), -CTG_EINVAL);
+	assert_int_equal(held, 77);
+	assert_int_equal(l->nr_events, events);
+	snapshot_check(l, before, true);
 }
 
 #endif

@@ -34,19 +34,6 @@ static void take_bits(struct ctg_cma *cma, uint64_t bit, uint64_t nr)
 	ctg_bitmap_set(&cma->ranges[0].taken, bit, nr);
 }
 
-/* All of the area lent as single pages. */
-static void fill(struct lend *l, struct ctg_cma *cma)
-{
-	assert_int_equal(lend_small(l, cma->nr), cma->nr);
-	assert_int_equal(lend_small(l, 1), 0);
-	ctg_drain_caches(l->ctg);
-}
-
-static ctg_pfn_t at(uint64_t offset)
-{
-	return LEND_BASE + offset;
-}
-
 /* ---- what to avoid --------------------------------------------------------------------------- */
 
 static void check_extent(const struct ctg_avoid *avoid, unsigned i, ctg_pfn_t pfn, uint64_t nr)
@@ -140,7 +127,7 @@ static void test_limit(void **state)
 	assert_false(fits(cma, &search));
 	assert_int_equal(place(cma, &search), CTG_PFN_NONE);
 	/* The same when nothing is free. */
-	fill(l, cma);
+	fill(l, cma->nr);
 	assert_int_equal(place(cma, &search), CTG_PFN_NONE);
 	search.want.limit = at(2 * BLOCK + 100);
 	assert_int_equal(place(cma, &search), at(2 * BLOCK));
@@ -167,7 +154,7 @@ static void test_boundary(void **state)
 	search.want.boundary = 1024;
 	take_bits(cma, 0, 400); /* 624 frames are left before the first boundary */
 	assert_int_equal(place(cma, &search), at(1024));
-	fill(l, cma);
+	fill(l, cma->nr);
 	check_boundary(place(cma, &search), &search.want);
 	/* A boundary that leaves no start but its own multiples. */
 	search.want.nr = 1024;
@@ -205,7 +192,7 @@ static void test_ranges_are_not_crossed(void **state)
 	take_bits(cma, BLOCK, 1);
 	assert_int_equal(place(cma, &search), CTG_PFN_NONE);
 	assert_false(fits(cma, &search));
-	fill(l, cma);
+	fill(l, cma->nr);
 	assert_int_equal(place(cma, &search), CTG_PFN_NONE);
 	search.want.nr = BLOCK;
 	assert_int_not_equal(place(cma, &search), CTG_PFN_NONE);
@@ -221,7 +208,7 @@ static void test_free_window_first(void **state)
 	struct ctg_search search = search_for(600);
 
 	(void)state;
-	fill(l, cma);
+	fill(l, cma->nr);
 	unlend(l, at(5 * BLOCK + 100), 600);
 	unlend(l, at(BLOCK), 599);
 	assert_int_equal(place(cma, &search), at(5 * BLOCK + 100));
@@ -285,7 +272,7 @@ static void test_least_cost(void **state)
 	uint64_t hole = 3;
 
 	(void)state;
-	fill(l, cma);
+	fill(l, cma->nr);
 	take_bits(cma, 7 * BLOCK + 77, 3);
 	/* Holes of many sizes, none of which repeats. */
 	for (uint64_t offset = 5; offset + hole < cma->nr; offset += 3 * hole + 11, hole += 7)
@@ -317,7 +304,7 @@ static void test_least_cost_within_boundaries(void **state)
 	struct ctg_cma *cma = lend_area(l, "a", 0, 6, 0);
 
 	(void)state;
-	fill(l, cma);
+	fill(l, cma->nr);
 	for (uint64_t offset = 5, i = 1; offset + 50 < cma->nr; offset += 61, i++)
 		unlend(l, at(offset), 1 + i * 29 % 47);
 	for (size_t i = 0; i < sizeof(sizes) / sizeof(sizes[0]); i++)
@@ -346,7 +333,7 @@ static void test_last_before_a_boundary(void **state)
 	struct ctg_search search = search_for(51);
 
 	(void)state;
-	fill(l, cma);
+	fill(l, cma->nr);
 	unlend(l, at(BLOCK + 462), 50);
 	search.want.boundary = 512;
 	assert_int_equal(place(cma, &search), at(BLOCK + 461));
@@ -361,7 +348,7 @@ static void test_ties(void **state)
 	struct ctg_search search = search_for(2 * BLOCK);
 
 	(void)state;
-	fill(l, cma);
+	fill(l, cma->nr);
 	assert_int_equal(place(cma, &search), at(0));
 	take_bits(cma, 10, 1);
 	assert_int_equal(place(cma, &search), at(BLOCK));
@@ -384,7 +371,7 @@ static void test_many_groups(void **state)
 	ctg_pfn_t pfn;
 
 	(void)state;
-	fill(l, cma);
+	fill(l, cma->nr);
 	for (uint64_t block = 0; block < 80; block++)
 		unlend(l, at(block * BLOCK + 50 + block), 100 + (block * 37) % 80);
 	pfn = place(cma, &search);
@@ -404,7 +391,7 @@ static void test_avoids_what_failed(void **state)
 	/* Also windows that are free. */
 	ctg_avoid_add(&search.failed, at(700), 1, 2 * BLOCK);
 	assert_in_range(place(cma, &search), at(701), at(4 * BLOCK));
-	fill(l, cma);
+	fill(l, cma->nr);
 	assert_int_equal(place(cma, &search), at(2 * BLOCK));
 	ctg_avoid_add(&search.held, at(2 * BLOCK + 600), 1, 2 * BLOCK);
 	assert_in_range(place(cma, &search), at(3 * BLOCK + 89), at(4 * BLOCK));
@@ -448,7 +435,7 @@ static void test_granularity(void **state)
 
 	(void)state;
 	search.want.align = 8;
-	fill(l, cma);
+	fill(l, cma->nr);
 	unlend(l, at(BLOCK + 100), BLOCK + 22);
 	/* 1124 is free from 612 to 1134: whole bits from 616 to 1128. */
 	assert_int_equal(place(cma, &search) % 8, 0);
