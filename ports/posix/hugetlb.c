@@ -104,13 +104,23 @@ int posix_pagemap(const void *addr, uint64_t nr, uint64_t page, uint64_t *pfn)
 
 	if (fd < 0)
 		return -CTG_EPERM;
-	for (uint64_t i = 0; i < nr && ret == 0; i++) {
-		uint64_t entry = 0, at = ((uint64_t)(uintptr_t)addr + i * page) >> CTG_PAGE_SHIFT;
+	/* The entries of 4 KiB pages follow each other. */
+	if (page == CTG_PAGE_SIZE) {
+		size_t bytes = nr * sizeof(*pfn);
 
+		if (pread(fd, pfn, bytes, (off_t)((uintptr_t)addr / page * sizeof(*pfn))) !=
+			(ssize_t)bytes)
+			ret = -CTG_EPERM;
+	}
+	for (uint64_t i = 0; i < nr && ret == 0; i++) {
+		uint64_t entry = page == CTG_PAGE_SIZE ? pfn[i] : 0;
+		uint64_t at = ((uint64_t)(uintptr_t)addr + i * page) >> CTG_PAGE_SHIFT;
+
+		if (page != CTG_PAGE_SIZE && pread(fd, &entry, sizeof(entry),
+						     (off_t)(at * sizeof(entry))) != sizeof(entry))
+			ret = -CTG_EPERM;
 		/* Without CAP_SYS_ADMIN the number reads as 0; bit 63: present. */
-		if (pread(fd, &entry, sizeof(entry), (off_t)(at * sizeof(entry))) !=
-				sizeof(entry) ||
-			(entry >> 63) == 0 || (entry & (((uint64_t)1 << 55) - 1)) == 0)
+		if ((entry >> 63) == 0 || (entry & (((uint64_t)1 << 55) - 1)) == 0)
 			ret = -CTG_EPERM;
 		pfn[i] = entry & (((uint64_t)1 << 55) - 1);
 	}

@@ -361,29 +361,63 @@ static void extents_add(struct ctg_server *server, const struct ctg_extent *bloc
 	}
 }
 
+/*
+ * Where each block lies physically, CTG_PFN_NONE: cannot be known. Blocks that follow each other
+ * are asked for at once. Returns whether each is contiguous: 1, 0, or -1: cannot be known.
+ */
+static int blocks_physical(struct ctg_server *server, const struct lease *lease, uint64_t *phys)
+{
+	int all = 1, one;
+
+	for (size_t i = 0, n; i < lease->nr; i += n) {
+		const struct ctg_extent *b = &lease->block[i];
+		uint64_t frames = b->nr;
+
+		for (n = 1; i + n < lease->nr && b->pfn + frames == b[n].pfn; n++)
+			frames += b[n].nr;
+		one = ctg_region_physical(server->region, b->pfn, frames, &phys[i]);
+		for (size_t k = 1; k < n; k++)
+			phys[i + k] = phys[i] + (b[k].pfn - b->pfn);
+		for (size_t k = 0; one == 0 && n > 1 && k < n; k++)
+			if (ctg_region_physical(server->region, b[k].pfn, b[k].nr, &phys[i + k]) !=
+				1)
+				all = 0;
+		if (one == 0 && n == 1)
+			all = 0;
+		if (one < 0) {
+			for (size_t k = 0; k < lease->nr; k++)
+				phys[k] = CTG_PFN_NONE;
+			return -1;
+		}
+	}
+	return all;
+}
+
 static json_t *granted(struct taking *t, int *fd)
 {
 	struct ctg_server *server = t->connection->server;
 	const struct lease *lease = t->lease;
 	json_t *blocks = json_array(), *extents = json_array(), *answer;
-	uint64_t bytes = 0, offset = 0, phys;
-	int contiguous = 1, one;
+	uint64_t bytes = 0, offset = 0;
+	uint64_t *phys = malloc(lease->nr * sizeof(*phys));
+	int contiguous = phys == NULL ? -1 : blocks_physical(server, lease, phys);
 
 	for (size_t i = 0; i < lease->nr; i++) {
 		const struct ctg_extent *b = &lease->block[i];
 
 		ctg_region_fd(server->region, b->pfn, 1, fd, &offset, NULL);
-		one = ctg_region_physical(server->region, b->pfn, b->nr, &phys);
-		/* "Cannot be known" is the same for all; one that is not contiguous decides. */
-		if (contiguous == 1 || one == 0)
-			contiguous = one;
-		json_array_append_new(blocks,
-			json_pack("{s:I, s:I, s:I, s:o}", "pfn", (json_int_t)b->pfn, "offset",
-				(json_int_t)offset, "bytes", (json_int_t)(b->nr << CTG_PAGE_SHIFT),
-				"phys", one < 0 ? json_null() : json_integer((json_int_t)phys)));
-		extents_add(server, b, extents);
+		json_array_append_new(
+			blocks, json_pack("{s:I, s:I, s:I, s:o}", "pfn", (json_int_t)b->pfn,
+					"offset", (json_int_t)offset, "bytes",
+					(json_int_t)(b->nr << CTG_PAGE_SHIFT), "phys",
+					phys == NULL || phys[i] == CTG_PFN_NONE
+						? json_null()
+						: json_integer((json_int_t)phys[i])));
+		if (t->request->fd)
+			extents_add(server, b, extents);
 		bytes += b->nr << CTG_PAGE_SHIFT;
 	}
+	free(phys);
 	answer = json_pack("{s:b, s:I, s:I, s:o, s:o, s:I, s:I, s:o}", "ok", 1, "lease",
 		(json_int_t)lease->number, "bytes", (json_int_t)bytes, "blocks", blocks,
 		"physically_contiguous", contiguous < 0 ? json_null() : json_boolean(contiguous),
