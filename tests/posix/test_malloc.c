@@ -246,12 +246,13 @@ static void test_churn_with_stopped_threads(void **state)
 	churn_while_taken(true);
 }
 
-static void forks(const char *which)
+static void forks(const char *which, const char *mib)
 {
-	char name[32], *argv[] = {"forks", name, "32", NULL};
+	char name[32], size[16], *argv[] = {"forks", name, size, NULL};
 	static struct lending l; /* a failure jumps out while the taker runs */
 
 	snprintf(name, sizeof(name), "%s", which);
+	snprintf(size, sizeof(size), "%s", mib);
 	lending_start(&l, 128, false);
 	taker_start(&l, 40);
 	program_passes(ctg_server_socket(l.server), argv);
@@ -259,21 +260,22 @@ static void forks(const char *which)
 	lending_end(&l);
 }
 
-#define FORK_CASE(name)                                                                            \
+#define FORK_CASE(name, mib)                                                                       \
 	static void test_fork_##name(void **state)                                                 \
 	{                                                                                          \
 		(void)state;                                                                       \
-		forks(#name);                                                                      \
+		forks(#name, #mib);                                                                \
 	}
-FORK_CASE(plain)
-FORK_CASE(nested)
-FORK_CASE(threads)
-FORK_CASE(exec)
-FORK_CASE(daemon)
-FORK_CASE(descriptors)
-FORK_CASE(identity)
-FORK_CASE(mappings)
-FORK_CASE(limits)
+FORK_CASE(plain, 32)
+FORK_CASE(nested, 32)
+FORK_CASE(threads, 32)
+FORK_CASE(exec, 32)
+FORK_CASE(daemon, 32)
+FORK_CASE(descriptors, 32)
+FORK_CASE(identity, 32)
+FORK_CASE(mappings, 32)
+FORK_CASE(limits, 32)
+FORK_CASE(vfork, 0) /* there is no link yet */
 
 /* What the allocator purges goes back to the area, and comes from there again. */
 static void test_purge(void **state)
@@ -335,6 +337,42 @@ static void test_borrower_killed(void **state)
 		assert_int_equal(program_end(&p), SIGKILL);
 	}
 	taker_end(&l);
+	lending_end(&l);
+}
+
+/* What found no room is lent as soon as there is some. */
+static void test_room_again(void **state)
+{
+	char *argv[] = {"purge", "56", NULL};
+	static struct lending l;
+	struct program first, second;
+	uint64_t deadline;
+
+	(void)state;
+	lending_start(&l, 64, false);
+	program_start(&first, ctg_server_socket(l.server), argv);
+	program_expect(&first, "full");
+	program_start(&second, ctg_server_socket(l.server), argv);
+	program_expect(&second, "full");
+	assert_true(borrower_stat(&l, second.pid, "lent_bytes") <= 16 * MIB);
+	program_go_on(&first);
+	program_expect(&first, "empty");
+	deadline = monotonic() + 60 * SECOND;
+	while (borrower_stat(&l, second.pid, "lent_bytes") < 40 * MIB) {
+		assert_true(monotonic() < deadline);
+		usleep(10000);
+	}
+	kill(first.pid, SIGKILL);
+	assert_int_equal(program_end(&first), SIGKILL);
+	program_go_on(&second);
+	program_expect(&second, "empty");
+	program_go_on(&second);
+	program_expect(&second, "full");
+	program_go_on(&second);
+	program_expect(&second, "empty");
+	program_go_on(&second);
+	program_expect(&second, "intact");
+	assert_int_equal(program_end(&second), 0);
 	lending_end(&l);
 }
 
@@ -532,8 +570,10 @@ int main(int argc, char **argv)
 		cmocka_unit_test(test_fork_identity),
 		cmocka_unit_test(test_fork_mappings),
 		cmocka_unit_test(test_fork_limits),
+		cmocka_unit_test(test_fork_vfork),
 		cmocka_unit_test(test_purge),
 		cmocka_unit_test(test_full_region),
+		cmocka_unit_test(test_room_again),
 		cmocka_unit_test(test_borrower_killed),
 		cmocka_unit_test(test_server_killed),
 		cmocka_unit_test(test_server_killed_before_fork),

@@ -481,6 +481,7 @@ static void agent_command_main(void)
 	ret = tid2 < 0 ? (int)tid2 : agent_handshake((int)raw1(SYS_gettid, 0), (int)tid2);
 	if (ret == 0)
 		agent_drop_rights();
+	l->mail_tid = (int32_t)tid2;
 	__atomic_store_n(&l->shook_hands, ret == 0, __ATOMIC_RELEASE);
 	agent_set_state(ret == 0 ? LINK_UP : LINK_DOWN);
 	if (ret == 0) {

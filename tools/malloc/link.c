@@ -5,6 +5,8 @@
 #include <errno.h>
 #include <string.h>
 
+#define AGENT_LOOK_NS 1000000000u
+
 struct link link_to_server;
 
 void link_setup(const char *path, bool debug)
@@ -13,6 +15,7 @@ void link_setup(const char *path, bool debug)
 	size_t length = path ? strlen(path) : 0;
 
 	l->debug = debug;
+	l->pid = (int32_t)raw1(SYS_getpid, 0);
 	l->call_fd = l->agent_fd = l->uffd = -1;
 	if (length == 0 || length >= sizeof(l->path)) {
 		l->state = LINK_OFF;
@@ -62,7 +65,9 @@ bool link_connect(void)
 {
 	struct link *l = &link_to_server;
 
-	if (__atomic_load_n(&l->state, __ATOMIC_ACQUIRE) == LINK_NONE) {
+	/* The agents of a vfork child would end with it, and its parent would count on them. */
+	if (__atomic_load_n(&l->state, __ATOMIC_ACQUIRE) == LINK_NONE &&
+		raw1(SYS_getpid, 0) == l->pid) {
 		agent_start();
 		if (__atomic_load_n(&l->state, __ATOMIC_ACQUIRE) != LINK_UP)
 			link_say("contig: no region to lend from, ordinary memory is used\n");
@@ -81,8 +86,18 @@ static int link_post(uint32_t kind, uintptr_t addr, size_t bytes)
 	l->request = (struct proto_request){.kind = kind, .addr = addr, .bytes = bytes};
 	__atomic_store_n(&l->mail, MAIL_POSTED, __ATOMIC_RELEASE);
 	link_ring();
-	while (__atomic_load_n(&l->mail, __ATOMIC_ACQUIRE) == MAIL_POSTED)
-		raw_futex_wait(&l->mail, MAIL_POSTED, UINT64_MAX);
+	while (__atomic_load_n(&l->mail, __ATOMIC_ACQUIRE) == MAIL_POSTED) {
+		uint64_t since = raw_now();
+
+		raw_futex_wait(&l->mail, MAIL_POSTED, AGENT_LOOK_NS);
+		if (raw_now() - since < AGENT_LOOK_NS ||
+			raw3(SYS_tgkill, l->pid, l->mail_tid, 0) != -ESRCH)
+			continue;
+		__atomic_store_n(&l->state, LINK_DOWN, __ATOMIC_SEQ_CST);
+		__atomic_store_n(&l->shook_hands, false, __ATOMIC_RELEASE);
+		__atomic_store_n(&l->mail, MAIL_IDLE, __ATOMIC_RELAXED);
+		return -ENOTCONN;
+	}
 	__atomic_store_n(&l->mail, MAIL_IDLE, __ATOMIC_RELAXED);
 	return l->reply.error;
 }
@@ -125,6 +140,7 @@ void link_child(void)
 	l->mail = MAIL_IDLE;
 	l->lend = l->rescue = 0;
 	l->shook_hands = false;
+	l->pid = (int32_t)raw1(SYS_getpid, 0);
 	/* A server that was gone stays gone. */
 	if (l->state == LINK_UP || l->state == LINK_STARTING)
 		l->state = LINK_NONE;

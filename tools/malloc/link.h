@@ -40,6 +40,9 @@ struct link {
 	struct proto_reply reply;
 	bool debug; /* CONTIG_DEBUG: say on stderr why memory is ordinary */
 
+	int32_t pid; /* of the process that this is about; a vfork child looks on as another one */
+	int32_t mail_tid; /* the second agent */
+
 	/* The agents'. Descriptors are of their own table. */
 	char path[108];
 	char *stacks; /* of both; kept for the children of a fork */

@@ -234,6 +234,10 @@ static void chunk_commit(size_t i, size_t first, size_t nr)
 static void chunk_decommit(size_t i, size_t first, size_t nr)
 {
 	struct chunk *chunk = &window.chunks[i];
+	/* Ordinary memory can go back page by page. */
+	bool gone = chunk->state == CHUNK_PRIVATE &&
+		    raw3(SYS_madvise, (long)(chunk_addr(i) + first * WINDOW_PAGE),
+			    (long)(nr * WINDOW_PAGE), MADV_DONTNEED) == 0;
 
 	for (size_t w = first / 64; w <= (first + nr - 1) / 64; w++) {
 		uint64_t mask = page_mask(w, first, nr);
@@ -241,6 +245,8 @@ static void chunk_decommit(size_t i, size_t first, size_t nr)
 		chunk->nr_live =
 			(uint16_t)(chunk->nr_live - __builtin_popcountll(mask & chunk->live[w]));
 		chunk->live[w] &= ~mask;
+		if (gone)
+			chunk->used[w] &= ~mask;
 	}
 }
 
@@ -436,9 +442,12 @@ int window_lend_one(void)
 		return 1;
 	ret = agent_wire_call(PROTO_LEND, chunk_addr(i), CHUNK_BYTES, &done);
 	window.cursor = i + (ret == -EBUSY);
-	if (ret != 0)
+	if (ret == 0)
+		chunk_set(i, CHUNK_LENT);
+	else if (ret == -ENOMEM || ret == -EBUSY || ret == -ENOTCONN)
 		return ret;
-	chunk_set(i, CHUNK_LENT);
+	else
+		window.chunks[i].sticky = true; /* it never will */
 	return 0;
 }
 

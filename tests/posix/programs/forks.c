@@ -179,6 +179,43 @@ static void case_threads(void)
 	heap_check(1, "parent");
 }
 
+/* Threads that libc does not know of must not keep what the program gives up. Returns how many
+ * there are. */
+static unsigned check_agents(void)
+{
+	char path[300], line[256];
+	unsigned nr = 0;
+	DIR *dir = opendir("/proc/self/task");
+	struct dirent *entry;
+
+	while (dir && (entry = readdir(dir))) {
+		bool agent = false;
+		FILE *file;
+
+		snprintf(path, sizeof(path), "/proc/self/task/%s/status", entry->d_name);
+		file = entry->d_name[0] == '.' ? NULL : fopen(path, "r");
+		if (!file)
+			continue;
+		while (fgets(line, sizeof(line), file)) {
+			unsigned long long caps, uid;
+
+			if (strcmp(line, "Name:\tcontig-agent\n") == 0) {
+				agent = true;
+				nr++;
+			}
+			if (agent && sscanf(line, "Uid: %llu", &uid) == 1 && uid == 0)
+				_exit(32);
+			if (agent && sscanf(line, "CapPrm: %llx", &caps) == 1 &&
+				(caps & ~(1ull << 14)) != 0) /* CAP_IPC_LOCK */
+				_exit(33);
+		}
+		fclose(file);
+	}
+	if (dir)
+		closedir(dir);
+	return nr;
+}
+
 static void case_exec(void)
 {
 	char *argv[] = {"true", NULL};
@@ -209,6 +246,35 @@ static void case_exec(void)
 	}
 	await(pid);
 	heap_check(1, "parent");
+}
+
+/* It must not, but programs do: allocate between vfork and exec, here before there is a link. */
+static void case_vfork(void)
+{
+	char *argv[] = {"true", NULL};
+	static void *volatile p;
+	pid_t pid = vfork();
+
+	if (pid == 0) {
+		p = malloc(16u << 20);
+		execvp("true", argv);
+		_exit(14);
+	}
+	await(pid);
+	memset(p, 1, 16u << 20);
+	use_malloc(32);
+	pid = vfork();
+	if (pid == 0) {
+		free(p);
+		p = malloc(32u << 20);
+		execvp("true", argv);
+		_exit(14);
+	}
+	await(pid);
+	memset(p, 1, 32u << 20);
+	use_malloc(64);
+	if (check_agents() != 2)
+		_exit(38);
 }
 
 static void case_daemon(void)
@@ -254,43 +320,6 @@ static void case_descriptors(void)
 	close(0);
 	use_malloc(32);
 	heap_check(1, "after closing everything");
-}
-
-/* Threads that libc does not know of must not keep what the program gives up. Returns how many
- * there are. */
-static unsigned check_agents(void)
-{
-	char path[300], line[256];
-	unsigned nr = 0;
-	DIR *dir = opendir("/proc/self/task");
-	struct dirent *entry;
-
-	while (dir && (entry = readdir(dir))) {
-		bool agent = false;
-		FILE *file;
-
-		snprintf(path, sizeof(path), "/proc/self/task/%s/status", entry->d_name);
-		file = entry->d_name[0] == '.' ? NULL : fopen(path, "r");
-		if (!file)
-			continue;
-		while (fgets(line, sizeof(line), file)) {
-			unsigned long long caps, uid;
-
-			if (strcmp(line, "Name:\tcontig-agent\n") == 0) {
-				agent = true;
-				nr++;
-			}
-			if (agent && sscanf(line, "Uid: %llu", &uid) == 1 && uid == 0)
-				_exit(32);
-			if (agent && sscanf(line, "CapPrm: %llx", &caps) == 1 &&
-				(caps & ~(1ull << 14)) != 0) /* CAP_IPC_LOCK */
-				_exit(33);
-		}
-		fclose(file);
-	}
-	if (dir)
-		closedir(dir);
-	return nr;
 }
 
 static void case_identity(void)
@@ -399,6 +428,7 @@ int main(int argc, char **argv)
 		{"nested", case_nested},
 		{"threads", case_threads},
 		{"exec", case_exec},
+		{"vfork", case_vfork},
 		{"daemon", case_daemon},
 		{"descriptors", case_descriptors},
 		{"identity", case_identity},
