@@ -26,6 +26,9 @@
 #include <time.h>
 #include <unistd.h>
 
+#define WATCH_STOP 0            /* what the watcher's events are about: the stop event, */
+#define WATCH_HOME UINT64_MAX   /* an agent that answers again, */
+				/* or else the connection of the taker of that number */
 #define HOME_BUDGET_FRAMES 4096 /* 16 MiB: what an allocation may have to wait for */
 
 /* ---- takers that may go away ------------------------------------------------------------------
@@ -44,16 +47,19 @@ void *watch_thread(void *arg)
 	for (;;) {
 		if (epoll_wait(server->watch_epoll, &event, 1, -1) != 1)
 			continue;
+		if (event.data.u64 == WATCH_HOME) {
+			home_kick(server, true);
+			continue;
+		}
 		pthread_mutex_lock(&server->lock);
 		for (struct taker *t = server->takers; t != NULL; t = t->next) {
-			/* Numbers start at 1: 0 is the stop event, which is for all. */
-			if (event.data.u64 != 0 && event.data.u64 != t->id)
+			if (event.data.u64 != WATCH_STOP && event.data.u64 != t->id)
 				continue;
 			__atomic_store_n(&t->cancel.v, 1, __ATOMIC_RELEASE);
 			port->wake(port->host, &t->cancel, UINT32_MAX);
 		}
 		pthread_mutex_unlock(&server->lock);
-		if (event.data.u64 == 0)
+		if (event.data.u64 == WATCH_STOP)
 			return NULL;
 	}
 }
@@ -96,29 +102,34 @@ static void taker_end(struct connection *connection, struct taker *taker)
 /* ---- coming home ------------------------------------------------------------------------------
  */
 
-void home_kick(struct ctg_server *server)
+void home_kick(struct ctg_server *server, bool hint)
 {
 	pthread_mutex_lock(&server->lock);
 	server->home_wanted = true;
+	server->hint_wanted = server->hint_wanted || hint;
 	pthread_cond_signal(&server->home);
 	pthread_mutex_unlock(&server->lock);
+}
+
+void home_await_answer(struct ctg_server *server, int agent_fd)
+{
+	struct epoll_event event = {.events = EPOLLIN | EPOLLONESHOT, .data.u64 = WATCH_HOME};
+
+	/* Goes away with the descriptor. */
+	if (epoll_ctl(server->watch_epoll, EPOLL_CTL_ADD, agent_fd, &event) != 0)
+		epoll_ctl(server->watch_epoll, EPOLL_CTL_MOD, agent_fd, &event);
 }
 
 /* Borrowers that had to do with ordinary memory may have lent memory now. */
 static void home_hint(struct ctg_server *server)
 {
-	struct session_stat stat;
 	struct ctg_cma_stat area;
 
 	ctg_cma_stat(server->area, &area);
 	if (area.nr_free < POSIX_CHUNK_FRAMES)
 		return;
-	for (struct session *s = session_next(server, NULL); s != NULL;
-		s = session_next(server, s)) {
-		session_stat(s, false, &stat);
-		if (stat.private_bytes != 0)
-			session_hint(s);
-	}
+	for (struct session *s = session_next(server, NULL); s != NULL; s = session_next(server, s))
+		session_hint(s);
 }
 
 /*
@@ -129,6 +140,7 @@ void *home_thread(void *arg)
 {
 	struct ctg_server *server = arg;
 	uint64_t moved;
+	bool hint;
 	int err;
 
 	for (;;) {
@@ -137,16 +149,21 @@ void *home_thread(void *arg)
 		while (!server->stopping && (!server->home_wanted || server->allocating != 0))
 			pthread_cond_wait(&server->home, &server->lock);
 		server->home_wanted = false;
+		hint = server->hint_wanted;
 		if (server->stopping) {
 			pthread_mutex_unlock(&server->lock);
 			return NULL;
 		}
 		pthread_mutex_unlock(&server->lock);
 		err = ctg_migrate_home(server->ctg, HOME_BUDGET_FRAMES, &moved);
-		if (err == -CTG_EAGAIN)
-			home_kick(server);
-		else
+		if (err == -CTG_EAGAIN) {
+			home_kick(server, hint);
+		} else if (hint) {
+			pthread_mutex_lock(&server->lock);
+			server->hint_wanted = false;
+			pthread_mutex_unlock(&server->lock);
 			home_hint(server);
+		}
 	}
 }
 
@@ -546,7 +563,7 @@ json_t *lease_alloc(struct connection *connection, const struct control_request 
 		got = t.lease->nr;
 		answer = refused(&t, err, got);
 		lease_free(server, t.lease);
-		home_kick(server);
+		home_kick(server, true);
 		return answer;
 	}
 	t.lease->nr_left = t.lease->nr;
@@ -632,7 +649,7 @@ json_t *lease_release(struct ctg_server *server, const struct control_request *r
 		left = 0;
 	if (lease != NULL)
 		held += lease_free(server, lease);
-	home_kick(server);
+	home_kick(server, true);
 	return released(request->lease, frames, left, held);
 }
 
@@ -676,7 +693,7 @@ static void lease_drop(struct ctg_server *server,
 		any = true;
 	}
 	if (any)
-		home_kick(server);
+		home_kick(server, true);
 }
 
 static bool match_holder(const struct lease *lease, const struct connection *connection)

@@ -28,6 +28,7 @@
 #define WINDOW_LIMIT (CTG_MM_MAX_VPN << CTG_PAGE_SHIFT)
 /* How long a process may live on after its agent has vanished in the middle of a command. */
 #define LOST_AGENT_NS 5000000000ull
+#define STAT_WAIT_NS 100000000ull
 
 int session_check_hello(const void *message, size_t bytes, struct proto_hello *out)
 {
@@ -292,11 +293,15 @@ static int session_ping(struct posix_space *space)
 		err = agent_wait(session, session->seq_sent, posix_now(NULL) + wait, &ack);
 	if (err == -EPIPE)
 		session_break(session);
-	if (err == 0)
+	if (err == 0) {
 		session->missed = 0;
-	else if (session->missed < SERVER_PING_HALVED)
+		return 0;
+	}
+	if (session->missed < SERVER_PING_HALVED)
 		session->missed++;
-	return err == 0 ? 0 : -CTG_EBUSY;
+	if (err == -ETIMEDOUT)
+		home_await_answer(session->server, session->agent_fd);
+	return -CTG_EBUSY;
 }
 
 static int session_ops(struct posix_space *space, const struct posix_op *ops, size_t nr, int *err)
@@ -322,6 +327,14 @@ static int session_ops(struct posix_space *space, const struct posix_op *ops, si
 	return ack.done;
 }
 
+static bool any_private(const struct posix_space *space)
+{
+	for (size_t i = 0; i <= space->window_bytes / POSIX_CHUNK / 8; i++)
+		if (space->private_chunks[i] != 0)
+			return true;
+	return false;
+}
+
 void session_hint(struct session *session)
 {
 	struct posix_space *space = &session->space;
@@ -331,7 +344,7 @@ void session_hint(struct session *session)
 	/* Locked: its agent has work to do, and a borrower that is served asks by itself. */
 	if (pthread_mutex_trylock(&space->lock) != 0)
 		return;
-	if (!space->dead && !session->broken) {
+	if (!space->dead && !session->broken && any_private(space)) {
 		while (session->seq_acked != session->seq_sent &&
 			agent_receive(session, session->seq_acked + 1, &ack) == 1)
 			;
@@ -416,21 +429,18 @@ static int request_convert(
 static void request_serve(
 	struct session *session, const struct proto_request *request, struct proto_reply *reply)
 {
-	bool freed = false;
-
 	memset(reply, 0, sizeof(*reply));
+	pthread_mutex_lock(&session->serving);
 	switch (request->kind) {
 	case PROTO_MAP:
 		reply->error = request_map(session, request->addr, request->bytes);
 		break;
 	case PROTO_UNMAP:
 		reply->error = request_unmap(session, request->addr, request->bytes);
-		freed = true;
 		break;
 	case PROTO_PRIVATISE:
 		reply->error =
 			request_convert(session, request->addr, request->bytes, true, &reply->done);
-		freed = true;
 		break;
 	case PROTO_LEND:
 		reply->error = request_convert(
@@ -441,10 +451,15 @@ static void request_serve(
 			&session->count[request->addr], request->bytes, memory_order_relaxed);
 		break;
 	}
+	pthread_mutex_unlock(&session->serving);
 	if (reply->error == 0)
 		reply->done = request->bytes;
-	if (freed)
-		home_kick(session->server);
+	/* A conversion frees memory too, or was in the way of what comes home. But it is a
+	 * borrower's own decision, often for a fork: nobody is told to lend again because of it. */
+	if (request->kind == PROTO_UNMAP)
+		home_kick(session->server, true);
+	else if (request->kind != PROTO_COUNT)
+		home_kick(session->server, false);
 }
 
 /* Until the connection ends, or something comes that is not a request. */
@@ -638,7 +653,7 @@ static void session_finish(struct session *session)
 		pthread_cond_wait(&server->changed, &server->lock);
 	pthread_mutex_unlock(&server->lock);
 	posix_space_destroy(space, true);
-	home_kick(server);
+	home_kick(server, true);
 }
 
 /* A file of a process that says something now; -1: it may not be read, or is empty. */
@@ -656,7 +671,7 @@ static int open_proc(pid_t pid, const char *name)
 	return fd;
 }
 
-static void session_close(const struct session *session)
+static void session_close(struct session *session)
 {
 	const int fds[] = {session->maps_fd, session->environ_fd, session->agent_fd,
 		session->space.uffd, session->pidfd, session->attached};
@@ -664,6 +679,7 @@ static void session_close(const struct session *session)
 	for (size_t i = 0; i < sizeof(fds) / sizeof(fds[0]); i++)
 		if (fds[i] >= 0)
 			close(fds[i]);
+	pthread_mutex_destroy(&session->serving);
 }
 
 static struct session *session_new(struct connection *connection, const struct proto_hello *hello)
@@ -680,6 +696,7 @@ static struct session *session_new(struct connection *connection, const struct p
 	session->call_fd = connection->fd;
 	session->agent_fd = -1;
 	session->space.uffd = -1;
+	pthread_mutex_init(&session->serving, NULL);
 	session->maps_fd = open_proc(session->pid, "maps");
 	session->environ_fd = open_proc(session->pid, "environ");
 	session->pidfd = (int)syscall(SYS_pidfd_open, session->pid, 0);
@@ -745,34 +762,56 @@ struct session *session_next(struct ctg_server *server, struct session *after)
 	return session;
 }
 
-/* Fresh numbers if they can be had without waiting for the borrower, else those of the last time.
- */
-void session_stat(struct session *session, bool reset_stall, struct session_stat *out)
+/* Pages, unless a request is under way that does not end: then the borrower has perhaps been
+ * stopped in the middle of it, with the lock that the count needs. */
+static void stat_pages(struct session *session)
 {
-	struct posix_space *space = &session->space;
 	struct ctg_server *server = session->server;
 	struct ctg_mm_stat mm;
-	uint64_t private_bytes = 0, stall;
+	struct timespec until;
+	uint64_t give_up = posix_now(NULL) + STAT_WAIT_NS;
 
-	ctg_mm_stat(space->mm, &mm);
+	until.tv_sec = (time_t)(give_up / 1000000000u);
+	until.tv_nsec = (long)(give_up % 1000000000u);
+	if (pthread_mutex_clocklock(&session->serving, CLOCK_MONOTONIC, &until) != 0)
+		return;
+	ctg_mm_stat(session->space.mm, &mm);
+	pthread_mutex_unlock(&session->serving);
 	pthread_mutex_lock(&server->lock);
 	session->last.lent = mm.nr_lent << CTG_PAGE_SHIFT;
 	session->last.spilled = mm.nr_spilled << CTG_PAGE_SHIFT;
 	pthread_mutex_unlock(&server->lock);
-	if (pthread_mutex_trylock(&space->lock) == 0) {
-		for (uint64_t i = 0; i < space->window_bytes / POSIX_CHUNK; i++)
-			if (posix_chunk_private(space, i))
-				private_bytes += POSIX_CHUNK;
-		stall = space->stall_max_ns;
-		if (reset_stall)
-			space->stall_max_ns = 0;
-		pthread_mutex_unlock(&space->lock);
-		pthread_mutex_lock(&server->lock);
-		session->last.private_bytes = private_bytes;
-		session->last.stall_max_ns = stall;
-		pthread_mutex_unlock(&server->lock);
-	}
+}
+
+/* What the port knows, unless it is waiting for the borrower. */
+static void stat_space(struct session *session, bool reset_stall)
+{
+	struct posix_space *space = &session->space;
+	struct ctg_server *server = session->server;
+	uint64_t private_bytes = 0, stall;
+
+	if (pthread_mutex_trylock(&space->lock) != 0)
+		return;
+	for (uint64_t i = 0; i < space->window_bytes / POSIX_CHUNK; i++)
+		if (posix_chunk_private(space, i))
+			private_bytes += POSIX_CHUNK;
+	stall = space->stall_max_ns;
+	if (reset_stall)
+		space->stall_max_ns = 0;
+	pthread_mutex_unlock(&space->lock);
 	pthread_mutex_lock(&server->lock);
-	*out = session->last;
+	session->last.private_bytes = private_bytes;
+	session->last.stall_max_ns = stall;
 	pthread_mutex_unlock(&server->lock);
+}
+
+/* Fresh numbers if they can be had without waiting for the borrower, else those of the last time.
+ */
+void session_stat(struct session *session, bool reset_stall, struct session_stat *out)
+{
+	stat_pages(session);
+	stat_space(session, reset_stall);
+	pthread_mutex_lock(&session->server->lock);
+	*out = session->last;
+	pthread_mutex_unlock(&session->server->lock);
 }

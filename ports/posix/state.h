@@ -53,9 +53,10 @@ struct session {
 	int agent_fd;
 	uint64_t seq_sent, seq_acked;
 	unsigned missed; /* pings in a row without an answer, at most SERVER_PING_HALVED */
-	bool broken; /* the agent cannot be reached any more */
+	bool broken;     /* the agent cannot be reached any more */
 
 	struct posix_space space;
+	pthread_mutex_t serving; /* held while a request is carried out; outside space.lock */
 	_Atomic uint64_t count[PROTO_NR_COUNTS];
 	/* What stat said last: it must not wait for a borrower that has been stopped. space.lock is
 	 * not enough for that, so these are under server->lock. */
@@ -116,7 +117,7 @@ struct ctg_server {
 	struct taker *takers;
 	uint64_t next_taker;
 	unsigned allocating; /* allocations under way: coming home waits for them */
-	bool home_wanted;
+	bool home_wanted, hint_wanted;
 	pthread_cond_t home;
 };
 
@@ -192,8 +193,11 @@ json_t *lease_list(struct ctg_server *server);
  * knows the number of the detached lease in it. */
 void lease_connection_end(struct connection *connection, bool unread);
 void lease_drop_all(struct ctg_server *server);
-/* Something has become free: bring home what was displaced. */
-void home_kick(struct ctg_server *server);
+/* Something has become free: bring home what was displaced and, if `hint`, tell borrowers that have
+ * to do with ordinary memory. */
+void home_kick(struct ctg_server *server, bool hint);
+/* What could not come home because this agent does not answer shall when it does. */
+void home_await_answer(struct ctg_server *server, int agent_fd);
 void *home_thread(void *server);
 void *watch_thread(void *server);
 
