@@ -31,7 +31,7 @@ static int call_fd = -1, agent_fd = -1, files[POSIX_NR_FILES] = {-1, -1};
 static pid_t agent_tid;
 static uint64_t last_done;
 static atomic_uint hints;
-static atomic_bool lie, mute, calm;
+static atomic_bool lie, mute, deaf, calm;
 static pthread_mutex_t hint_lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t hint_come = PTHREAD_COND_INITIALIZER;
 
@@ -73,6 +73,8 @@ static void *agent(void *arg)
 	while (__atomic_load_n(&agent_fd, __ATOMIC_ACQUIRE) < 0)
 		usleep(100);
 	while ((n = recv(agent_fd, &command, sizeof(command), 0)) >= (ssize_t)head) {
+		while (deaf)
+			pause();
 		if (mute) {
 			shutdown(agent_fd, SHUT_RDWR);
 			break;
@@ -349,6 +351,8 @@ static long carry_out(const char *line)
 		return spoil(&lie);
 	if (strcmp(verb, "mute") == 0)
 		return spoil(&mute);
+	if (strcmp(verb, "deaf") == 0)
+		return spoil(&deaf);
 	if (strcmp(verb, "vfork") == 0)
 		return leave_child();
 	if (strcmp(verb, "exec") == 0)

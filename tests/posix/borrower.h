@@ -28,6 +28,7 @@ struct borrower {
  *   request SIZE    send that many bytes of nonsense as a request; 0 if the connection ends then
  *   ack             answer the next command with nonsense
  *   mute            the agent goes away with the next command, the process stays
+ *   deaf            the agent never carries out the next command
  *   vfork           leave a vfork child with the address space, for as long as stdin is open
  *   exec            become a process that waits for the end of stdin
  */

@@ -558,6 +558,66 @@ static void test_stopped(void **state)
 	assert_all_free();
 }
 
+/* In the middle of a request, with whatever locks that takes: others are served all the same. */
+static void test_deaf(void **state)
+{
+	struct borrower deaf, other;
+	struct ctg_client *client;
+
+	NEED_GUARD();
+	client = dial();
+	borrower_start(&deaf, NAME);
+	borrower_start(&other, NAME);
+	assert_int_equal(borrower_do(&deaf, "map 0 4"), 0);
+	assert_int_equal(borrower_do(&deaf, "deaf"), 0);
+	borrower_tell(&deaf, "map 4 1");
+	assert_int_equal(borrower_do(&other, "map 0 4"), 0);
+	borrower_do(&other, "fill 0 4 6");
+	for (unsigned i = 0; i < 2; i++) {
+		json_t *answer = ask(client, json_pack("{s:s}", "do", i == 0 ? "stat" : "map"));
+
+		assert_int_equal(json_array_size(json_object_get(answer, "borrowers")), 2);
+		json_decref(answer);
+	}
+	release(client, take(client, 32 * MIB, false, NULL));
+	assert_int_equal(borrower_do(&other, "check 0 4 6"), 1);
+	borrower_end(&other);
+	borrower_kill(&deaf);
+	borrower_end(&deaf);
+	ctg_client_close(client);
+	assert_all_free();
+}
+
+/* What could not come home because its borrower was stopped does when it goes on. */
+static void test_home_later(void **state)
+{
+	uint64_t give_up = posix_now(NULL) + 20000000000u;
+	struct ctg_client *client;
+	struct borrower b;
+	json_int_t lease;
+	int status;
+
+	NEED_GUARD();
+	client = dial();
+	borrower_start(&b, NAME);
+	assert_int_equal(borrower_do(&b, "map 0 %u", (unsigned)AREA_CHUNKS), 0);
+	lease = take(client, 32 * MIB, false, NULL);
+	assert_true(lease > 0);
+	assert_int_equal(borrower_number(client, "spilled_bytes"), 32 * MIB);
+	kill(b.pid, SIGSTOP);
+	assert_int_equal(waitpid(b.pid, &status, WUNTRACED), b.pid);
+	release(client, lease);
+	usleep(500000);
+	assert_int_equal(borrower_number(client, "spilled_bytes"), 32 * MIB);
+	kill(b.pid, SIGCONT);
+	while (borrower_number(client, "spilled_bytes") != 0 && posix_now(NULL) < give_up)
+		usleep(1000);
+	assert_int_equal(borrower_number(client, "spilled_bytes"), 0);
+	borrower_end(&b);
+	ctg_client_close(client);
+	assert_all_free();
+}
+
 /* ---- takers that end --------------------------------------------------------------------------
  */
 
@@ -815,7 +875,6 @@ static void test_stop(void **state)
 	for (unsigned i = 0; i < 6; i++) {
 		unsigned before = open_fds();
 		struct borrower a, b;
-		struct taking t;
 		bool guarded;
 
 		assert_int_equal(start(NULL, i % 2 != 0), 0);
@@ -835,15 +894,21 @@ static void test_stop(void **state)
 			ctg_client_close(client);
 		}
 		usleep(i * 1000);
+		if (i == 5) {
+			/* The end does not wait for who does not answer. */
+			assert_int_equal(borrower_do(&b, "deaf"), 0);
+			borrower_tell(&b, "map 16 1");
+		}
 		teardown(NULL);
 		assert_int_equal(borrower_do(&a, "calm"), 1);
 		assert_int_equal(borrower_do(&a, "check 0 16 1"), 1);
+		if (i == 5)
+			assert_int_equal(borrower_answer(&b), -EPIPE);
 		assert_int_equal(borrower_do(&b, "check 0 16 2"), 1);
 		assert_int_equal(borrower_do(&b, "map 16 1"), -EPIPE);
 		borrower_end(&a);
 		borrower_end(&b);
 		assert_int_equal(open_fds(), before);
-		(void)t;
 	}
 }
 
@@ -928,6 +993,8 @@ int main(int argc, char **argv)
 		ONE(test_bad_agent),
 		BOTH(test_stopped),
 		HUGE(test_stopped),
+		ONE(test_deaf),
+		BOTH(test_home_later),
 		BOTH(test_unread),
 		BOTH(test_taker_killed),
 		HUGE(test_taker_killed),
