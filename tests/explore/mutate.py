@@ -34,13 +34,15 @@ def read_table(path):
 def plant(bug, source):
     old, new = "\n".join(bug["old"]), "\n".join(bug["new"])
     if source.count(old) != 1:
-        sys.exit(f"mutation '{bug['name']}': its text occurs {source.count(old)} times in {bug['file']}")
+        return None
     return source.replace(old, new)
 
 
 def run_bug(bug, options, directory):
     with open(os.path.join(options.source, bug["file"]), encoding="utf-8") as file:
         source = plant(bug, file.read())
+    if source is None:
+        return False, f"its text does not occur exactly once in {bug['file']}"
     base = os.path.join(directory, re.sub(r"\W+", "-", bug["name"]))
     with open(base + ".c", "w", encoding="utf-8") as file:
         file.write(source)

@@ -251,6 +251,8 @@ static void finish_both_ended(void)
 {
 	for (unsigned i = 0; i < 2; i++)
 		XP_EXPECT(xp_world->ret[i] == 0 || xp_world->ret[i] == -CTG_EBUSY);
+	/* Who waited for the other was woken, and did not sleep until it gave up. */
+	XP_EXPECT(xp_time() < 500000000);
 }
 
 SCENARIO(two_takes, "two allocations over the same frames", .setup = setup_two_pages,
@@ -303,9 +305,46 @@ static void finish_area(void)
 SCENARIO(two_in_one_area, "two allocations in one area that has room for both",
 	.setup = setup_two_blocks, .fiber = {fiber_area_0, fiber_area_1}, .finish = finish_area);
 
+static void finish_one(void)
+{
+	XP_EXPECT(xp_world->ret[0] == 0);
+	XP_EXPECT(ctg_cma_release(xp_world->cma, xp_world->pfn[0], BLOCK, NULL) == 0);
+}
+
 SCENARIO(area_and_access, "an allocation in an area, a fault and a write",
 	.setup = setup_two_blocks, .fiber = {fiber_area_0, fiber_populate, fiber_write},
-	.finish = NULL);
+	.finish = finish_one);
+
+static void fiber_isolate(void)
+{
+	struct ctg_zone *zone = xp_world->zone;
+	const void *owner = &xp_world->n[2];
+
+	xp_op("isolate");
+	if (ctg_block_isolate(zone, zone->base, owner) != 0)
+		return;
+	XP_EXPECT(xp_world->n[0]++ == 0);
+	xp_pause();
+	xp_world->n[0]--;
+	ctg_block_unisolate(zone, zone->base, owner);
+}
+
+static void fiber_isolate_too(void)
+{
+	struct ctg_zone *zone = xp_world->zone;
+	const void *owner = &xp_world->n[3];
+
+	xp_op("isolate, too");
+	if (ctg_block_isolate(zone, zone->base, owner) != 0)
+		return;
+	XP_EXPECT(xp_world->n[0]++ == 0);
+	xp_pause();
+	xp_world->n[0]--;
+	ctg_block_unisolate(zone, zone->base, owner);
+}
+
+SCENARIO(two_isolate, "one block, isolated by two", .setup = setup_two_pages,
+	.fiber = {fiber_isolate, fiber_isolate_too, fiber_munmap});
 
 /* ---- caches and isolation ---------------------------------------------------------------------
  */
@@ -364,7 +403,8 @@ static void fiber_isolate_and_drain(void)
 	for (unsigned cpu = 0; cpu < XP_MAX_FIBERS; cpu++)
 		for (unsigned mt = 0; mt < CTG_MIGRATE_ISOLATE; mt++)
 			XP_EXPECT(zone->pcp[cpu].list[mt].nr == 0);
-	xp_pause();
+	/* Whoever was freeing has done so by then. */
+	xp_let_others();
 	for (unsigned cpu = 0; cpu < XP_MAX_FIBERS; cpu++)
 		for (unsigned mt = 0; mt < CTG_MIGRATE_ISOLATE; mt++)
 			XP_EXPECT(zone->pcp[cpu].list[mt].nr == 0);
@@ -550,6 +590,33 @@ static void finish_obstacle(void)
 	ctg_frame_put(xp_world->ctg, xp_world->pfn[0], CTG_WORD_REF1, 1);
 }
 
+/* Somebody holds a frame for a moment, again and again, while it is taken. */
+static void setup_glance(void)
+{
+	struct ctg_mapping m;
+
+	setup_pages(2);
+	XP_EXPECT(ctg_mm_lookup(xp_world->mm[0], VPN, 1, &m) == 0);
+	xp_world->pfn[0] = m.pfn;
+}
+
+static void fiber_glance(void)
+{
+	xp_op("glance");
+	for (unsigned i = 0; i < 2; i++) {
+		if (ctg_frame_tryget(held_frame()) != 0)
+			continue;
+		xp_pause();
+		ctg_frame_put(xp_world->ctg, xp_world->pfn[0], CTG_WORD_REF1, 1);
+	}
+}
+
+SCENARIO(glance_and_migration, "a stranger holds a frame for a moment while it is taken",
+	.setup = setup_glance, .fiber = {fiber_take, fiber_glance, fiber_write});
+
+SCENARIO(glance_and_munmap, "a stranger holds a frame for a moment while it is unmapped and taken",
+	.setup = setup_glance, .fiber = {fiber_take, fiber_glance, fiber_munmap});
+
 static void setup_obstacle_held(void)
 {
 	setup_obstacle();
@@ -584,4 +651,5 @@ const struct xp_scenario *const xp_scenarios[] = {&exit_and_migration, &munmap_a
 	&two_takes_and_munmap, &two_in_one_area, &area_and_access, &free_and_isolation,
 	&cache_and_isolation, &drain_and_free, &populate_and_isolation, &put_and_waiter,
 	&put_and_two_waiters, &freeze_and_tryget, &freeze_and_waiter, &home_and_munmap,
-	&home_take_write, &killed_waiter, &put_and_take, NULL};
+	&home_take_write, &killed_waiter, &put_and_take, &glance_and_migration, &glance_and_munmap,
+	&two_isolate, NULL};

@@ -338,6 +338,16 @@ bool xp_frame_free(ctg_pfn_t pfn)
 	return false;
 }
 
+uint64_t xp_nr_contig(void)
+{
+	uint64_t nr = 0;
+
+	for (unsigned i = 0; i < xp_world->ctg->nr_zones; i++)
+		for (uint64_t b = 0; b < xp_world->ctg->zones[i]->nr_blocks; b++)
+			nr += xp_world->ctg->zones[i]->blocks[b].nr_contig;
+	return nr;
+}
+
 void xp_check_end(void)
 {
 	for (unsigned i = 0; i < XP_MAX_PAGES; i++)
@@ -357,6 +367,8 @@ void xp_check_end(void)
 				xp_violation(
 					"frame %llu is not free at the end", (ull)(zone->base + f));
 	}
+	if (xp_nr_contig() != xp_m->nr_contig)
+		xp_violation("%llu frames stay taken", (ull)(xp_nr_contig() - xp_m->nr_contig));
 	for (unsigned i = 0; i < 16; i++)
 		if (xp_m->held[i].references != 0)
 			xp_violation("a scenario kept a reference");

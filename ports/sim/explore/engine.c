@@ -244,6 +244,19 @@ void xp_pause(void)
 	xp_point(NULL, false, "pause");
 }
 
+void xp_let_others(void)
+{
+	if (!xp_run.on)
+		return;
+	memset(fibers[xp_run.now].reads, 0, sizeof(fibers[xp_run.now].reads));
+	xp_relax(NULL);
+}
+
+uint64_t xp_time(void)
+{
+	return xp_m->now;
+}
+
 unsigned xp_choose(unsigned n)
 {
 	if (!xp_run.on || n < 2)
@@ -400,6 +413,7 @@ bool xp_setup(const struct xp_scenario *scenario)
 		return false;
 	xp_machine_new();
 	scenario->setup();
+	xp_m->nr_contig = xp_nr_contig();
 	xp_snapshot();
 	return true;
 }

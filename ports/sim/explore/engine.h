@@ -171,6 +171,8 @@ struct xp_machine {
 		int references;
 	} held[16];
 	size_t meta_bytes;
+	/* As set-up left them: so it has to be at the end. */
+	uint64_t nr_contig;
 };
 extern struct xp_machine *xp_m;
 
@@ -181,6 +183,8 @@ void xp_machine_new(void);
 
 /* A word of the arena has changed. */
 void xp_watch(const void *p, uint64_t old, uint64_t now);
+/* Frames taken by contiguous allocations, in all zones. */
+uint64_t xp_nr_contig(void);
 /* After finish: nothing is left. */
 void xp_check_end(void);
 /* A frame of the page tables is used by an access. */

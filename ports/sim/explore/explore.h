@@ -90,6 +90,10 @@ void xp_kill(unsigned fiber);
 unsigned xp_choose(unsigned n);
 /* The order of this fiber's actions: a place where others may run. */
 void xp_pause(void);
+/* Go on when nobody else can. */
+void xp_let_others(void);
+/* Virtual nanoseconds: far in the future if somebody slept until a deadline. */
+uint64_t xp_time(void);
 
 /* ---- judging ----------------------------------------------------------------------------------
  */

@@ -243,7 +243,7 @@ extern const char __executable_start[];
 
 void xp_describe_pc(uint64_t pc, char *out, size_t bytes)
 {
-	char path[1024], command[1280], *end;
+	char path[1024], command[1280], line[256], *end;
 	ssize_t n = readlink("/proc/self/exe", path, sizeof(path) - 1);
 	FILE *pipe;
 
@@ -252,13 +252,21 @@ void xp_describe_pc(uint64_t pc, char *out, size_t bytes)
 		return;
 	path[n] = '\0';
 	/* The call that the address returns to. */
-	snprintf(command, sizeof(command), "addr2line -sfpe '%s' 0x%llx 2>/dev/null", path,
+	snprintf(command, sizeof(command), "addr2line -sfpie '%s' 0x%llx 2>/dev/null", path,
 		(unsigned long long)(pc - 1 - (uint64_t)(uintptr_t)__executable_start));
 	pipe = popen(command, "r");
 	if (pipe == NULL)
 		return;
-	if (fgets(out, (int)bytes, pipe) == NULL)
-		*out = '\0';
+	/* The first place that is not the atomic or the lock itself. */
+	while (fgets(line, sizeof(line), pipe) != NULL) {
+		const char *from = strstr(line, "(inlined by) ");
+
+		from = from != NULL ? from + strlen("(inlined by) ") : line;
+		if (strstr(line, "atomic.h:") != NULL || strstr(line, "lock.h:") != NULL)
+			continue;
+		snprintf(out, bytes, "%s", from);
+		break;
+	}
 	pclose(pipe);
 	end = strpbrk(out, "\n(");
 	if (end != NULL)
