@@ -212,25 +212,67 @@ static void account(struct ctg_moves *b)
 
 /* ---- the port ---------------------------------------------------------------------------- */
 
-/* The pages of one member on which the port holds writers back, or is to do so. */
+/* The pages of a slot of 2 MiB, a bit each. */
+struct slot {
+	ctg_vpn_t vpn;
+	uint64_t pages[CTG_PAGEBLOCK_FRAMES / 64];
+};
+
+/* Set the bits of a move's pages that were mapped when it was marked. */
+static void slot_add(struct slot *slot, const struct ctg_moves *b, const struct ctg_move *m)
+{
+	for (unsigned page = 0; page < ctg_move_pages(m); page++) {
+		uint64_t bit = m->vpn - slot->vpn + page;
+
+		if (b->dst[m->first + page] != CTG_PFN_NONE)
+			slot->pages[bit / 64] |= (uint64_t)1 << bit % 64;
+	}
+}
+
+/* Append the runs of a slot to nr ranges, which lie below it. Returns how many there are then. */
+static size_t slot_ranges(const struct slot *slot, struct ctg_vrange *range, size_t nr)
+{
+	for (unsigned bit = 0; bit < CTG_PAGEBLOCK_FRAMES; bit++) {
+		uint64_t rest = slot->pages[bit / 64] >> bit % 64;
+		ctg_vpn_t vpn;
+
+		if (rest == 0) {
+			bit |= 63;
+			continue;
+		}
+		bit += (unsigned)__builtin_ctzll(rest);
+		vpn = slot->vpn + bit;
+		if (nr != 0 && range[nr - 1].vpn + range[nr - 1].nr == vpn)
+			range[nr - 1].nr++;
+		else
+			range[nr++] = (struct ctg_vrange){vpn, 1};
+	}
+	return nr;
+}
+
+/*
+ * The pages of one member on which the port holds writers back, or is to do so. Slot by slot,
+ * because pages of a large frame that were given up may have been mapped anew, to frames that move
+ * too: so the pages of several moves may alternate.
+ */
 static size_t collect_ranges(struct ctg_moves *b, unsigned member)
 {
+	struct slot slot = {.vpn = CTG_MM_MAX_VPN};
 	size_t nr = 0;
 
 	for (unsigned i = b->from; i < b->to; i++) {
 		const struct ctg_move *m = &b->move[i];
-		struct ctg_vrange *last = nr != 0 ? &b->range[nr - 1] : NULL;
+		ctg_vpn_t vpn = m->vpn & ~(CTG_PAGEBLOCK_FRAMES - 1);
 
 		if (!m->restricted || (m->members & ctg_move_member(member)) == 0)
 			continue;
-		if (last != NULL && m->vpn <= last->vpn + last->nr) {
-			/* Pages of a large frame in pieces may have been mapped anew to small ones. */
-			if (m->vpn + ctg_move_pages(m) > last->vpn + last->nr)
-				last->nr = m->vpn + ctg_move_pages(m) - last->vpn;
-		} else
-			b->range[nr++] = (struct ctg_vrange){m->vpn, ctg_move_pages(m)};
+		if (vpn != slot.vpn) {
+			nr = slot_ranges(&slot, b->range, nr);
+			slot = (struct slot){.vpn = vpn};
+		}
+		slot_add(&slot, b, m);
 	}
-	return nr;
+	return slot_ranges(&slot, b->range, nr);
 }
 
 static void doom(struct ctg_moves *b, enum ctg_obstacle_kind kind, int error)
@@ -313,21 +355,20 @@ static void own(struct ctg_moves *b, const struct ctg_move *m, ctg_pfn_t pfn, ct
 
 static void own_destinations(struct ctg_moves *b, const struct ctg_move *m)
 {
-	for (unsigned page = 0; page < ctg_move_pages(m); page++) {
-		ctg_pfn_t pfn = b->dst[m->first + page];
-
-		if (pfn != CTG_PFN_NONE)
-			own(b, m, pfn, m->vpn + page);
-		if (m->large && !m->pieces)
-			break;
+	if (m->whole != CTG_PFN_NONE) {
+		own(b, m, m->whole, m->vpn);
+		return;
 	}
+	for (unsigned page = 0; page < ctg_move_pages(m); page++)
+		if (b->dst[m->first + page] != CTG_PFN_NONE)
+			own(b, m, b->dst[m->first + page], m->vpn + page);
 }
 
 /* The frame whose word counts the mappings of a page's destination. */
 static struct ctg_frame *counting_frame(
 	const struct ctg_moves *b, const struct ctg_move *m, unsigned page)
 {
-	return ctg_frame_of(b->ctg, b->dst[m->first + (m->pieces ? page : 0)]);
+	return ctg_frame_of(b->ctg, m->whole != CTG_PFN_NONE ? m->whole : b->dst[m->first + page]);
 }
 
 /* One large entry becomes a table of pieces, each in its own frame. */
@@ -353,7 +394,7 @@ static void switch_entry(struct ctg_moves *b, const struct ctg_move *m, struct e
 {
 	ctg_pfn_t pfn = b->dst[m->first + e->page];
 
-	if (e->ref.level == 1 && m->pieces) {
+	if (e->ref.level == 1 && m->whole == CTG_PFN_NONE) {
 		switch_to_pieces(b, m, e);
 		return;
 	}
@@ -535,7 +576,7 @@ static void let_go(struct ctg_moves *b)
 	for (unsigned i = b->from; i < b->to; i++) {
 		struct ctg_move *m = &b->move[i];
 
-		ctg_move_put(b, m);
+		ctg_move_put(b, m, false);
 		if (m->state != CTG_MOVE_SWITCHED)
 			ctg_frame_put(b->ctg, m->src, CTG_WORD_REF1, 1);
 	}

@@ -31,11 +31,11 @@ struct ctg_move {
 	 */
 	uint64_t members;
 	uint64_t seen;    /* the source's word that freezing met */
+	ctg_pfn_t whole;  /* a large frame's destination, if that is one; else CTG_PFN_NONE */
 	uint32_t first;   /* its first page in dst[] */
 	uint32_t entries; /* found when it was marked */
 	uint8_t state;
 	bool large;      /* order 9, else order 0 */
-	bool pieces;     /* a large frame whose mapped pages go to small frames */
 	bool restricted; /* the port holds writers back */
 };
 
@@ -58,7 +58,7 @@ struct ctg_moves {
 	unsigned max_pages, nr_pages;
 	unsigned nr;
 	struct ctg_move *move; /* by family, then vpn, once it runs */
-	ctg_pfn_t *dst;        /* by page */
+	ctg_pfn_t *dst;        /* by page: of those that are mapped */
 	struct ctg_copy_run *run;
 	struct ctg_vrange *range;
 	/* The family that is being moved: locked, and its part of move[]. */
@@ -141,8 +141,11 @@ void ctg_move_no_memory(struct ctg_moves *moves, struct ctg_move *m);
  * by a reference. Moves that get none are doomed. No table is locked.
  */
 void ctg_moves_get(struct ctg_moves *moves);
-/* Drop the references on a move's destinations: what no entry says is free then. */
-void ctg_move_put(struct ctg_moves *moves, struct ctg_move *m);
+/*
+ * Drop the references on a move's destinations: what no entry says is free then. The pages that had
+ * one, or wanted one, are left without, or wanting one.
+ */
+void ctg_move_put(struct ctg_moves *moves, struct ctg_move *m, bool wanting);
 /* Give back the tables that were not needed. */
 void ctg_moves_put_tables(struct ctg_moves *moves);
 

@@ -85,8 +85,11 @@ int ctg_moves_add(struct ctg_moves *b, ctg_pfn_t pfn, uint32_t info)
 		ctg_moves_fail(b, CTG_OBSTACLE_REF, pfn, pages, word, -CTG_EBUSY);
 		return -CTG_EBUSY;
 	}
-	b->move[b->nr++] = (struct ctg_move){
-		.anon = frame->anon, .vpn = frame->index, .src = pfn, .large = large};
+	b->move[b->nr++] = (struct ctg_move){.anon = frame->anon,
+		.vpn = frame->index,
+		.src = pfn,
+		.whole = CTG_PFN_NONE,
+		.large = large};
 	b->nr_pages += pages;
 	return 0;
 }

@@ -30,12 +30,15 @@ static bool family_maps_small(const struct ctg_moves *b)
 static bool get_whole(struct ctg_moves *b, struct ctg_move *m, unsigned gfp)
 {
 	unsigned order;
-	ctg_pfn_t pfn;
 
-	if (ctg_alloc_run(b->ctg, CTG_PAGEBLOCK_ORDER, CTG_PAGEBLOCK_ORDER, gfp, &pfn, &order) != 0)
+	if (ctg_alloc_run(b->ctg, CTG_PAGEBLOCK_ORDER, CTG_PAGEBLOCK_ORDER, gfp, &m->whole,
+		    &order) != 0) {
+		m->whole = CTG_PFN_NONE;
 		return false;
+	}
 	for (unsigned page = 0; page < CTG_MOVE_LARGE; page++)
-		b->dst[m->first + page] = pfn + page;
+		if (b->dst[m->first + page] == CTG_MOVE_WANTED)
+			b->dst[m->first + page] = m->whole + page;
 	return true;
 }
 
@@ -93,7 +96,7 @@ static void get_large(struct ctg_moves *b, struct ctg_move *m, unsigned gfp, boo
 
 	if ((!may_split || pages_wanted(b, m) == CTG_MOVE_LARGE) && get_whole(b, m, gfp))
 		return;
-	m->pieces = may_split;
+	/* In pieces, then: what get_small finds. */
 	if (!may_split || !get_tables(b, m))
 		ctg_move_no_memory(b, m);
 }
@@ -141,17 +144,20 @@ static void get_small(struct ctg_moves *b, unsigned gfp)
 	CTG_ASSERT(left == 0);
 }
 
-void ctg_move_put(struct ctg_moves *b, struct ctg_move *m)
+void ctg_move_put(struct ctg_moves *b, struct ctg_move *m, bool wanting)
 {
-	bool whole = m->large && !m->pieces;
-
+	if (m->whole != CTG_PFN_NONE)
+		ctg_frame_put(b->ctg, m->whole, CTG_WORD_REF1, 1);
 	for (unsigned page = 0; page < ctg_move_pages(m); page++) {
-		ctg_pfn_t pfn = b->dst[m->first + page];
+		ctg_pfn_t *dst = &b->dst[m->first + page];
 
-		if (pfn < CTG_MOVE_WANTED && (!whole || page == 0))
-			ctg_frame_put(b->ctg, pfn, CTG_WORD_REF1, 1);
-		b->dst[m->first + page] = CTG_PFN_NONE;
+		if (*dst == CTG_PFN_NONE)
+			continue;
+		if (*dst != CTG_MOVE_WANTED && m->whole == CTG_PFN_NONE)
+			ctg_frame_put(b->ctg, *dst, CTG_WORD_REF1, 1);
+		*dst = wanting ? CTG_MOVE_WANTED : CTG_PFN_NONE;
 	}
+	m->whole = CTG_PFN_NONE;
 }
 
 void ctg_moves_get(struct ctg_moves *b)
@@ -171,8 +177,7 @@ void ctg_moves_get(struct ctg_moves *b)
 
 		if (m->state != CTG_MOVE_MARKED || pages_wanted(b, m) == 0)
 			continue;
-		ctg_move_put(b, m);
-		m->pieces = false;
+		ctg_move_put(b, m, true);
 		if (!m->large || !get_whole(b, m, gfp))
 			ctg_move_no_memory(b, m);
 	}

@@ -17,6 +17,73 @@ static uint64_t counter_failed(struct world *w)
 	return counters.migrate_fail;
 }
 
+/* ---- what the port is asked, and what is traced ------------------------------------------ */
+
+static struct {
+	unsigned nr;
+	struct ctg_event event[2048];
+} trace;
+
+static void record_trace(void *host, const struct ctg_event *event)
+{
+	(void)host;
+	assert_in_range(trace.nr, 0, 2047);
+	trace.event[trace.nr++] = *event;
+}
+
+static struct {
+	unsigned restricts, copies, installs;
+	size_t ranges, runs;
+	uint64_t pages;
+	uint64_t copied, max_copied;
+	struct ctg_port port;
+} calls;
+
+static int count_restrict(void *host, struct ctg_mm *mm, const struct ctg_vrange *ranges, size_t nr,
+	enum ctg_tlb_how how)
+{
+	for (size_t i = 1; i < nr; i++)
+		assert_true(ranges[i - 1].vpn + ranges[i - 1].nr < ranges[i].vpn);
+	if (how == CTG_TLB_WRPROTECT) {
+		calls.restricts++;
+		calls.ranges += nr;
+		for (size_t i = 0; i < nr; i++)
+			calls.pages += ranges[i].nr;
+	}
+	return calls.port.tlb_restrict(host, mm, ranges, nr, how);
+}
+
+static int count_install(void *host, struct ctg_mm *mm, const struct ctg_vrange *ranges, size_t nr)
+{
+	calls.installs++;
+	return calls.port.tlb_install(host, mm, ranges, nr);
+}
+
+static int count_copy(void *host, const struct ctg_copy_run *runs, size_t nr)
+{
+	uint64_t copied = 0;
+
+	for (size_t i = 0; i < nr; i++)
+		copied += runs[i].nr;
+	calls.copies++;
+	calls.runs += nr;
+	calls.copied += copied;
+	if (copied > calls.max_copied)
+		calls.max_copied = copied;
+	return calls.port.copy(host, runs, nr);
+}
+
+static void count_calls(struct world *w)
+{
+	memset(&calls, 0, sizeof(calls));
+	memset(&trace, 0, sizeof(trace));
+	calls.port = w->port;
+	w->ctg->port.tlb_restrict = count_restrict;
+	w->ctg->port.tlb_install = count_install;
+	w->ctg->port.copy = count_copy;
+	w->ctg->port.trace = record_trace;
+}
+
 /* ---- single moves ------------------------------------------------------------------------ */
 
 static void test_small(void **state)
@@ -257,6 +324,44 @@ static void test_split_mixed(void **state)
 	world_close(&w);
 }
 
+/* Those move too: pages of several frames alternate, and the port is told each just once. */
+static void test_split_mixed_both(void **state)
+{
+	struct world w;
+	struct ctg_mm *mm;
+	struct ctg_migrate_stats stats;
+	ctg_pfn_t low = CTG_PFN_NONE, high = 0;
+
+	(void)state;
+	world_open(&w, 16);
+	mm = space_new(&w, 0);
+	map_large(&w, mm, BASE);
+	assert_int_equal(ctg_munmap(mm, BASE + 3, 2), 0);
+	assert_int_equal(ctg_madvise_dontneed(mm, BASE + 100, 5), 0);
+	assert_int_equal(ctg_mm_populate(mm, BASE + 100, 5, NULL), 0);
+	stamp(&w, mm, BASE + 100, 5);
+	assert_int_equal(ctg_munmap(mm, BASE + 102, 1), 0);
+	for (unsigned i = 0; i < PAGES; i++) {
+		ctg_pfn_t pfn = pfn_of(mm, BASE + i);
+
+		low = pfn < low ? pfn : low;
+		high = pfn != CTG_PFN_NONE && pfn > high ? pfn : high;
+	}
+	assert_true(high - low < 3 * PAGES);
+	count_calls(&w);
+	assert_int_equal(evacuate(&w, low, high - low + 1, 1, NULL, &stats), 0);
+	assert_int_equal(stats.frames_moved, PAGES - 3);
+	assert_int_equal(calls.restricts, 1);
+	assert_int_equal(calls.ranges, 3); /* all but the two holes */
+	assert_int_equal(calls.pages, PAGES - 3);
+	check_stamp(&w, mm, BASE, 3);
+	check_stamp(&w, mm, BASE + 5, 97);
+	check_stamp(&w, mm, BASE + 103, PAGES - 103);
+	stamp(&w, mm, BASE + 5, 97);
+	ctg_mm_destroy(mm, false);
+	world_close(&w);
+}
+
 /* Partly mapped, and the only room is in memory that maps nothing smaller than a large frame. */
 static void test_split_partly_to_large_memory(void **state)
 {
@@ -276,7 +381,7 @@ static void test_split_partly_to_large_memory(void **state)
 	assert_int_equal(ctg_munmap(mm, BASE + 10, 490), 0);
 	h = hoard_orders(&w, 0, CTG_GFP_MOVABLE);
 	assert_int_equal(ctg_zone_release(large, config.base, config.nr, false), 0);
-	assert_int_equal(evacuate_block(&w, old), PAGES);
+	assert_int_equal(evacuate_block(&w, old), 22);
 	new = pfn_of(mm, BASE);
 	assert_ptr_equal(ctg_zone_of(w.ctg, new), large);
 	assert_int_equal(word_of(&w, new), 22 * CTG_WORD_MAP1);
@@ -322,68 +427,6 @@ static void test_neighbours(void **state)
 		ctg_mm_destroy(mm[s], false);
 	w.meta_bytes = ctg_sim_meta_bytes(w.sim); /* families stay */
 	world_close(&w);
-}
-
-static struct {
-	unsigned nr;
-	struct ctg_event event[2048];
-} trace;
-
-static void record_trace(void *host, const struct ctg_event *event)
-{
-	(void)host;
-	assert_in_range(trace.nr, 0, 2047);
-	trace.event[trace.nr++] = *event;
-}
-
-static struct {
-	unsigned restricts, copies, installs;
-	size_t ranges, runs;
-	uint64_t copied, max_copied;
-	struct ctg_port port;
-} calls;
-
-static int count_restrict(void *host, struct ctg_mm *mm, const struct ctg_vrange *ranges, size_t nr,
-	enum ctg_tlb_how how)
-{
-	for (size_t i = 1; i < nr; i++)
-		assert_true(ranges[i - 1].vpn + ranges[i - 1].nr < ranges[i].vpn);
-	if (how == CTG_TLB_WRPROTECT) {
-		calls.restricts++;
-		calls.ranges += nr;
-	}
-	return calls.port.tlb_restrict(host, mm, ranges, nr, how);
-}
-
-static int count_install(void *host, struct ctg_mm *mm, const struct ctg_vrange *ranges, size_t nr)
-{
-	calls.installs++;
-	return calls.port.tlb_install(host, mm, ranges, nr);
-}
-
-static int count_copy(void *host, const struct ctg_copy_run *runs, size_t nr)
-{
-	uint64_t copied = 0;
-
-	for (size_t i = 0; i < nr; i++)
-		copied += runs[i].nr;
-	calls.copies++;
-	calls.runs += nr;
-	calls.copied += copied;
-	if (copied > calls.max_copied)
-		calls.max_copied = copied;
-	return calls.port.copy(host, runs, nr);
-}
-
-static void count_calls(struct world *w)
-{
-	memset(&calls, 0, sizeof(calls));
-	memset(&trace, 0, sizeof(trace));
-	calls.port = w->port;
-	w->ctg->port.tlb_restrict = count_restrict;
-	w->ctg->port.tlb_install = count_install;
-	w->ctg->port.copy = count_copy;
-	w->ctg->port.trace = record_trace;
 }
 
 /* One invalidation, one copy and one install for a batch, each in the longest runs. */
@@ -602,6 +645,7 @@ static void test_family_large(void **state)
 	share(&w, mm[0], mm[1], BASE);
 	assert_int_equal(ctg_munmap(mm[1], BASE + 50, 100), 0);
 	assert_int_equal(ctg_word_map(word_of(&w, old)), 1 + PAGES - 100);
+	count_calls(&w);
 	assert_int_equal(evacuate_block(&w, old), PAGES);
 	new = pfn_of(mm[0], BASE);
 	assert_int_equal(word_of(&w, new), (1 + PAGES - 100) * CTG_WORD_MAP1);
@@ -700,6 +744,7 @@ int main(void)
 		cmocka_unit_test(test_split_whole),
 		cmocka_unit_test(test_split_partly),
 		cmocka_unit_test(test_split_mixed),
+		cmocka_unit_test(test_split_mixed_both),
 		cmocka_unit_test(test_split_partly_to_large_memory),
 		cmocka_unit_test(test_neighbours),
 		cmocka_unit_test(test_runs),
