@@ -191,8 +191,7 @@ int posix_copier_run(
 	return ret;
 }
 
-/* ---- copy --------------------------------------------------------------------------------------
- */
+/* ---- copy -------------------------------------------------------------------------------- */
 
 struct copy_job {
 	struct ctg_region *region;
@@ -285,8 +284,7 @@ int posix_copy(void *host, const struct ctg_copy_run *runs, size_t nr)
 	return ret;
 }
 
-/* ---- zero and discard ---------------------------------------------------------------------------
- */
+/* ---- zero and discard -------------------------------------------------------------------- */
 
 struct zero_job {
 	unsigned char *addr;

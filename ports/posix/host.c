@@ -86,8 +86,7 @@ static void host_relax(void *host)
 #endif
 }
 
-/* ---- memory for the core's structures ----------------------------------------------------------
- */
+/* ---- memory for the core's structures ---------------------------------------------------- */
 
 #define META_UNIT 64u
 #define META_SMALL 8192u /* larger ones are mappings of their own */

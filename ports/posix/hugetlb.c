@@ -513,8 +513,7 @@ int posix_hugetlb_open(struct ctg_region *region, struct posix_store *store, uin
 	return 0;
 }
 
-/* ---- displaced memory ---------------------------------------------------------------------------
- */
+/* ---- displaced memory -------------------------------------------------------------------- */
 
 /*
  * A huge page that is about to be overwritten need not be cleared: UFFDIO_COPY makes it with its

@@ -226,8 +226,7 @@ static int space_sync(struct op_list *list, const struct ctg_vrange *ranges, siz
 	return list->error;
 }
 
-/* ---- the budget of mappings ---------------------------------------------------------------------
- */
+/* ---- the budget of mappings -------------------------------------------------------------- */
 
 /* Count exactly: runs of the table that one mapping each serves, and the gaps between them. */
 static uint64_t count_maps(struct posix_space *space)
@@ -276,8 +275,7 @@ static int check_budget(struct posix_space *space, const struct ctg_vrange *rang
 	return space->nr_maps + need > budget ? -CTG_ENOMEM : 0;
 }
 
-/* ---- the hooks ----------------------------------------------------------------------------------
- */
+/* ---- the hooks --------------------------------------------------------------------------- */
 
 static int wrprotect(struct posix_space *space, const struct ctg_vrange *ranges, size_t nr)
 {

@@ -104,8 +104,7 @@ void posix_unreserve(void *addr, uint64_t bytes)
 		munmap(addr, bytes);
 }
 
-/* ---- stores ------------------------------------------------------------------------------------
- */
+/* ---- stores ------------------------------------------------------------------------------ */
 
 struct posix_store *posix_store_of(struct ctg_region *region, ctg_pfn_t pfn)
 {
@@ -187,8 +186,7 @@ static int open_spill(struct ctg_region *region, struct ctg_error *error)
 	return posix_memfd_open_sparse(spill, base, region->config.spill_bytes, error);
 }
 
-/* ---- the machine over them ---------------------------------------------------------------------
- */
+/* ---- the machine over them --------------------------------------------------------------- */
 
 static int add_zone(
 	struct ctg_region *region, struct posix_store *store, unsigned flags, struct ctg_zone **out)
@@ -290,8 +288,7 @@ int posix_region_stopper(struct ctg_region *region, struct posix_stopper **out)
 	return ret;
 }
 
-/* ---- open and close ----------------------------------------------------------------------------
- */
+/* ---- open and close ---------------------------------------------------------------------- */
 
 static int check_config(const struct ctg_region_config *config, struct ctg_error *error)
 {
@@ -432,8 +429,7 @@ void ctg_region_close(struct ctg_region *region)
 	free(region);
 }
 
-/* ---- what can be asked -------------------------------------------------------------------------
- */
+/* ---- what can be asked ------------------------------------------------------------------- */
 
 struct ctg *ctg_region_machine(struct ctg_region *region)
 {

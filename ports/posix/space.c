@@ -15,8 +15,7 @@
 #include <sys/mman.h>
 #include <time.h>
 
-/* ---- lists of ranges ----------------------------------------------------------------------------
- */
+/* ---- lists of ranges --------------------------------------------------------------------- */
 
 static struct posix_range *range_alloc(struct posix_space *space)
 {
@@ -123,8 +122,7 @@ uint64_t posix_ranges_remove(
 	return since;
 }
 
-/* ---- making and unmaking ------------------------------------------------------------------------
- */
+/* ---- making and unmaking ----------------------------------------------------------------- */
 
 int posix_space_init(struct posix_space *space, struct ctg_region *region)
 {
@@ -253,8 +251,7 @@ void posix_space_end(struct posix_space *space, uint64_t addr, uint64_t bytes)
 	pthread_mutex_unlock(&space->lock);
 }
 
-/* ---- conversions --------------------------------------------------------------------------------
- */
+/* ---- conversions ------------------------------------------------------------------------- */
 
 #define CONVERT_CHUNKS 8 /* in one go: writers wait for all of them */
 

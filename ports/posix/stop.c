@@ -31,7 +31,7 @@
 #include <unistd.h>
 
 #define STOP_TIMEOUT_NS UINT64_C(500000000)
-#define STOP_REAP_MS 10
+#define STOP_ASLEEP_NS UINT64_C(50000000)
 #define STOP_MAX_THREADS 65536u
 
 #ifndef PTRACE_EVENT_STOP
@@ -55,14 +55,13 @@ struct posix_stopper {
 	pid_t pid;
 };
 
-/* ---- the child ----------------------------------------------------------------------------------
- */
+/* ---- the child --------------------------------------------------------------------------- */
 
 struct stop_thread {
 	pid_t pid, tid; /* tid 0: gone */
 	int signal;     /* was about to be delivered; goes along when the thread does */
 	bool stopped;
-	bool dying; /* killed, not reaped yet: see thread_resume */
+	bool leaving; /* to be let go as soon as it stops, or reaped: see thread_resume */
 };
 
 /* Its memory is a mapping made before the fork. */
@@ -118,27 +117,21 @@ static void thread_poll(struct stop_thread *thread)
 }
 
 /*
- * A thread that has been killed while it was stopped must be reaped here, or its process's parent
- * never hears of the end. The leader can be reaped only after all others, also those never traced,
- * have gone; that is waited for here, and what takes longer is done later (reap_dying).
+ * Let a thread go on. What has not stopped yet (it sleeps where nothing interrupts it) or has been
+ * killed meanwhile cannot be detached now: that is done when it stops or can be reaped, by
+ * let_leave. If a killed one were not reaped here, its process's parent would never hear of the
+ * end.
  */
 static void thread_resume(struct stop_thread *thread)
 {
-	uint64_t deadline = stop_now() + STOP_TIMEOUT_NS;
-
-	while (thread->tid != 0) {
-		if (ptrace(PTRACE_DETACH, thread->tid, NULL, (void *)(long)thread->signal) == 0) {
+	for (int tries = 0; tries < 2 && thread->tid != 0; tries++) {
+		if (ptrace(PTRACE_DETACH, thread->tid, NULL, (void *)(long)thread->signal) == 0)
 			thread->tid = 0;
-			return;
-		}
-		/* It has not stopped yet, or somebody has killed it. */
-		thread->stopped = false;
-		thread_poll(thread);
-		if (thread->tid != 0 && !thread->stopped && !stop_wait(deadline)) {
-			thread->dying = true;
-			return;
-		}
+		else
+			thread_poll(thread);
 	}
+	thread->stopped = false;
+	thread->leaving = thread->tid != 0;
 }
 
 static void threads_compact(struct stop_state *state)
@@ -153,32 +146,21 @@ static void threads_compact(struct stop_state *state)
 
 static void process_resume(struct stop_state *state, pid_t pid)
 {
-	struct stop_thread *leader = NULL;
-
-	for (uint32_t i = 0; i < state->nr; i++) {
-		struct stop_thread *thread = &state->thread[i];
-
-		if (thread->pid != pid || thread->dying)
-			continue;
-		if (thread->tid == pid)
-			leader = thread;
-		else
-			thread_resume(thread);
-	}
-	if (leader != NULL)
-		thread_resume(leader);
+	for (uint32_t i = 0; i < state->nr; i++)
+		if (state->thread[i].pid == pid)
+			thread_resume(&state->thread[i]);
 	threads_compact(state);
 }
 
-/* true: some are left. */
-static bool reap_dying(struct stop_state *state)
+/* true: some have not left yet. */
+static bool let_leave(struct stop_state *state)
 {
 	bool left = false;
 
 	for (uint32_t i = 0; i < state->nr; i++) {
-		if (!state->thread[i].dying)
+		if (!state->thread[i].leaving)
 			continue;
-		thread_poll(&state->thread[i]);
+		thread_resume(&state->thread[i]);
 		left = left || state->thread[i].tid != 0;
 	}
 	threads_compact(state);
@@ -193,21 +175,6 @@ static struct stop_thread *thread_find(struct stop_state *state, pid_t tid)
 	return NULL;
 }
 
-/* 0: seized, or gone meanwhile. */
-static int thread_seize(struct stop_state *state, pid_t pid, pid_t tid)
-{
-	if (state->nr == STOP_MAX_THREADS)
-		return -CTG_ENOMEM;
-	if (ptrace(PTRACE_SEIZE, tid, NULL, NULL) != 0) {
-		if (errno == ESRCH)
-			return 0;
-		return errno == EPERM ? -CTG_EPERM : -CTG_EBUSY;
-	}
-	ptrace(PTRACE_INTERRUPT, tid, NULL, NULL);
-	state->thread[state->nr++] = (struct stop_thread){.pid = pid, .tid = tid};
-	return 0;
-}
-
 static pid_t number_of(const char *name)
 {
 	pid_t n = 0;
@@ -217,17 +184,100 @@ static pid_t number_of(const char *name)
 	return *name == '\0' ? n : 0;
 }
 
+static size_t put_text(char *to, const char *text)
+{
+	size_t n = strlen(text);
+
+	memcpy(to, text, n + 1);
+	return n;
+}
+
+static size_t put_number(char *to, pid_t n)
+{
+	char digits[16];
+	size_t nr = 0, at = 0;
+
+	for (; n > 0; n /= 10)
+		digits[nr++] = (char)('0' + n % 10);
+	while (nr > 0)
+		to[at++] = digits[--nr];
+	to[at] = '\0';
+	return at;
+}
+
+#define TASK_PATH 64
 /* "/proc/PID/task" */
+static size_t put_tasks(char *path, pid_t pid)
+{
+	size_t at = put_text(path, "/proc/");
+
+	at += put_number(path + at, pid);
+	return at + put_text(path + at, "/task");
+}
+
+/* What the kernel says a thread does: 'R', 'S', 'D', 'T', 't', 'Z', ... 'X' if it is not there. */
+static char thread_state(pid_t pid, pid_t tid)
+{
+	char path[TASK_PATH], text[128];
+	size_t at = put_tasks(path, pid);
+	ssize_t n = -1;
+	int fd;
+
+	at += put_text(path + at, "/");
+	at += put_number(path + at, tid);
+	put_text(path + at, "/stat");
+	fd = open(path, O_RDONLY | O_CLOEXEC);
+	if (fd >= 0) {
+		n = read(fd, text, sizeof(text));
+		close(fd);
+	}
+	/* "tid (name) state": the name is at most 15 bytes, and may have brackets. */
+	while (n > 2 && text[n - 1] != ')')
+		n--;
+	return n > 2 && n + 1 < (ssize_t)sizeof(text) ? text[n + 1] : 'X';
+}
+
+static bool thread_over(pid_t pid, pid_t tid)
+{
+	char state = thread_state(pid, tid);
+
+	return state == 'Z' || state == 'X';
+}
+
+/* 1: seized; 0: it does nothing any more. */
+static int thread_seize(struct stop_state *state, pid_t pid, pid_t tid)
+{
+	if (state->nr == STOP_MAX_THREADS)
+		return -CTG_ENOMEM;
+	if (ptrace(PTRACE_SEIZE, tid, NULL, NULL) != 0) {
+		int ret = errno == EPERM ? -CTG_EPERM : -CTG_EBUSY;
+
+		/* A thread that has ended but is still listed is refused, too. */
+		return errno == ESRCH || thread_over(pid, tid) ? 0 : ret;
+	}
+	ptrace(PTRACE_INTERRUPT, tid, NULL, NULL);
+	state->thread[state->nr++] = (struct stop_thread){.pid = pid, .tid = tid};
+	return 1;
+}
+
+/* As thread_seize. One that was to leave, and has not stopped so far, stays. */
+static int thread_take(struct stop_state *state, pid_t pid, pid_t tid)
+{
+	struct stop_thread *thread = thread_find(state, tid);
+
+	if (thread == NULL)
+		return thread_seize(state, pid, tid);
+	if (!thread->leaving || thread_over(pid, tid))
+		return 0;
+	thread->leaving = false;
+	return 1;
+}
+
 static int open_tasks(pid_t pid)
 {
-	char digits[16], path[32] = "/proc/";
-	size_t n = 0, at = 6;
+	char path[TASK_PATH];
 
-	for (; pid > 0; pid /= 10)
-		digits[n++] = (char)('0' + pid % 10);
-	while (n > 0)
-		path[at++] = digits[--n];
-	memcpy(path + at, "/task", 6);
+	put_tasks(path, pid);
 	return open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
 }
 
@@ -250,35 +300,55 @@ static int seize_new(struct stop_state *state, const struct stop_command *comman
 			at += entry->d_reclen;
 			for (int i = 0; i < 4 && command->keep[i] != 0; i++)
 				keep |= tid == command->keep[i];
-			if (keep || thread_find(state, tid) != NULL)
+			if (keep)
 				continue;
-			ret = thread_seize(state, command->pid, tid);
-			++*found;
+			ret = thread_take(state, command->pid, tid);
+			*found += ret > 0;
+			ret = ret < 0 ? ret : 0;
 		}
 	}
 	close(fd);
 	return ret;
 }
 
+/* How many of the process's threads still run. */
+static unsigned count_running(struct stop_state *state, pid_t pid, bool *asleep)
+{
+	unsigned running = 0;
+
+	for (uint32_t i = 0; i < state->nr; i++) {
+		struct stop_thread *thread = &state->thread[i];
+
+		if (thread->pid != pid || thread->tid == 0 || thread->stopped || thread->leaving)
+			continue;
+		thread_poll(thread);
+		if (thread->tid == 0 || thread->stopped)
+			continue;
+		running++;
+		if (asleep != NULL)
+			*asleep = *asleep || thread_state(pid, thread->tid) == 'D';
+	}
+	return running;
+}
+
+/*
+ * A thread that sleeps where nothing interrupts it may do so for long (in vfork: until its child,
+ * which writes to the same memory, has become another program), and the others are stopped
+ * meanwhile.
+ */
 static int wait_stopped(struct stop_state *state, pid_t pid, uint64_t deadline)
 {
-	for (;;) {
-		bool all = true;
+	uint64_t patience = deadline - STOP_TIMEOUT_NS + STOP_ASLEEP_NS;
+	bool asleep = false;
 
-		for (uint32_t i = 0; i < state->nr; i++) {
-			struct stop_thread *thread = &state->thread[i];
-
-			if (thread->pid != pid || thread->tid == 0 || thread->stopped ||
-				thread->dying)
-				continue;
-			thread_poll(thread);
-			all = all && (thread->tid == 0 || thread->stopped);
-		}
-		if (all)
-			return 0;
-		if (!stop_wait(deadline))
+	while (count_running(state, pid, NULL) > 0) {
+		if (stop_wait(stop_now() < patience ? patience : deadline))
+			continue;
+		asleep = false;
+		if (count_running(state, pid, &asleep) > 0 && (asleep || stop_now() >= deadline))
 			return -CTG_EBUSY;
 	}
+	return 0;
 }
 
 /* A thread that has not been seized yet may start others: look until there are no new ones. */
@@ -289,7 +359,7 @@ static int process_stop(struct stop_state *state, const struct stop_command *com
 	int ret = 0;
 
 	for (uint32_t i = 0; i < state->nr; i++)
-		if (state->thread[i].pid == command->pid && !state->thread[i].dying)
+		if (state->thread[i].pid == command->pid && !state->thread[i].leaving)
 			return 0;
 	while (ret == 0 && found > 0) {
 		ret = seize_new(state, command, &found);
@@ -301,15 +371,22 @@ static int process_stop(struct stop_state *state, const struct stop_command *com
 	return ret;
 }
 
+static void on_child(int signal)
+{
+	(void)signal;
+}
+
 static void stopper_main(struct stop_state *state)
 {
-	struct sigaction action = {.sa_handler = SIG_DFL};
+	struct sigaction action = {.sa_handler = on_child};
 	struct stop_command command;
-	sigset_t all;
+	sigset_t all, child;
 
 	sigfillset(&all);
 	sigprocmask(SIG_SETMASK, &all, NULL);
 	sigaction(SIGCHLD, &action, NULL);
+	child = all;
+	sigdelset(&child, SIGCHLD);
 	prctl(PR_SET_NAME, "contig-stopper", 0, 0, 0);
 	/* Nothing of the parent's may be kept open: a pipe's reader would wait for its end for
 	 * ever. */
@@ -321,12 +398,10 @@ static void stopper_main(struct stop_state *state)
 		int32_t ret = 0;
 		ssize_t n;
 
-		if (poll(&p, 1, reap_dying(state) ? STOP_REAP_MS : -1) <= 0)
+		/* A report that comes after the look interrupts the wait. */
+		if (ppoll(&p, 1, NULL, let_leave(state) ? &child : &all) <= 0)
 			continue;
 		n = recv(state->fd, &command, sizeof(command), 0);
-
-		if (n < 0 && errno == EINTR)
-			continue;
 		if (n != (ssize_t)sizeof(command))
 			_exit(0); /* whatever is stopped goes on */
 		if (command.kind == STOP_STOP)
@@ -338,8 +413,7 @@ static void stopper_main(struct stop_state *state)
 	}
 }
 
-/* ---- the parent ---------------------------------------------------------------------------------
- */
+/* ---- the parent -------------------------------------------------------------------------- */
 
 int posix_stopper_start(struct posix_stopper **out)
 {
