@@ -484,6 +484,7 @@ static void test_batches(void **state)
 	assert_int_equal(evacuate(&w, low, 3 * PAGES, 1, NULL, &stats), 0);
 	assert_int_equal(stats.frames_moved, nr);
 	assert_int_equal(calls.copied, nr);
+	assert_int_equal(calls.pages, nr);
 	assert_true(calls.copies >= 2);
 	assert_true(calls.max_copied <= CTG_MIGRATE_BATCH_PAGES);
 	assert_int_equal(calls.restricts, calls.copies);
