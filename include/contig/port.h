@@ -58,7 +58,7 @@ struct ctg_port {
 	 * Memory for the core's own structures (page tables, address spaces, areas, batches),
 	 * zeroed, aligned to align (a power of two, at most 4096). NULL when there is none: the
 	 * caller of the core gets -ENOMEM and everything is as before. May sleep. Never called
-	 * with a lock of the core held other than an mm's.
+	 * with a lock of the core held other than an mm's, or that of the family it belongs to.
 	 */
 	void *(*meta_alloc)(void *host, size_t bytes, size_t align);
 	void (*meta_free)(void *host, void *p, size_t bytes);
@@ -98,8 +98,8 @@ struct ctg_port {
 
 	/*
 	 * The mapping. Ranges are those whose entries the core has just changed; they are sorted
-	 * and do not overlap. May sleep; no lock of the core is held other than an mm's or a
-	 * batch's.
+	 * and do not overlap. May sleep; no lock of the core is held other than an mm's, its
+	 * family's or a batch's.
 	 *
 	 * tlb_restrict: on success nothing beyond what `how` allows can happen through the
 	 * ranges. With CTG_TLB_WRPROTECT it may refuse with a negative errno (-EBUSY: the
