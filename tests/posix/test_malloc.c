@@ -277,6 +277,36 @@ FORK_CASE(mappings, 32)
 FORK_CASE(limits, 32)
 FORK_CASE(vfork, 0) /* there is no link yet */
 
+static void objects(const char *which)
+{
+	char name[32], path[512], *argv[] = {name, NULL};
+	static struct lending l;
+
+	snprintf(name, sizeof(name), "%s", which);
+	snprintf(path, sizeof(path), "%s/%s", getenv("CONTIG_TEST_PROGRAMS"), which);
+	if (access(path, X_OK) != 0) {
+		print_message("# built without a C++ compiler\n");
+		skip();
+	}
+	lending_start(&l, 128, false);
+	taker_start(&l, 40);
+	program_passes(ctg_server_socket(l.server), argv);
+	taker_end(&l);
+	lending_end(&l);
+}
+
+static void test_objects(void **state)
+{
+	(void)state;
+	objects("objects");
+}
+
+static void test_objects_with_jemalloc(void **state)
+{
+	(void)state;
+	objects("objects-jemalloc");
+}
+
 /* What the allocator purges goes back to the area, and comes from there again. */
 static void test_purge(void **state)
 {
@@ -571,6 +601,8 @@ int main(int argc, char **argv)
 		cmocka_unit_test(test_fork_mappings),
 		cmocka_unit_test(test_fork_limits),
 		cmocka_unit_test(test_fork_vfork),
+		cmocka_unit_test(test_objects),
+		cmocka_unit_test(test_objects_with_jemalloc),
 		cmocka_unit_test(test_purge),
 		cmocka_unit_test(test_full_region),
 		cmocka_unit_test(test_room_again),
