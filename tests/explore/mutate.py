@@ -47,12 +47,14 @@ def run_bug(bug, options, directory):
     with open(base + ".c", "w", encoding="utf-8") as file:
         file.write(source)
     # What the bug leaves unused is no news: warnings are off.
-    subprocess.run(options.cc + ["-w", "-iquote", options.source, "-c", base + ".c", "-o", base + ".o"],
-                   check=True)
+    compiled = subprocess.run(options.cc + ["-w", "-iquote", options.source, "-c", base + ".c", "-o", base + ".o"],
+                              check=False)
+    if compiled.returncode != 0:
+        return False, "it does not compile"
     # The planted object comes first, so the core's own is not taken from the library.
     subprocess.run([options.cc[0], "-o", base, base + ".o", "-Wl,--whole-archive", *options.whole,
                     "-Wl,--no-whole-archive", options.core], check=True)
-    command = [base, "--runs", str(options.runs), "--exhaustive", "1", "--no-trace"]
+    command = [base, "--runs", str(options.runs), "--exhaustive", "2", "--no-trace"]
     if bug["scenarios"] != "all":
         command += ["--scenario", bug["scenarios"]]
     try:

@@ -155,11 +155,37 @@ static void fiber_dontneed(void)
 SCENARIO(dontneed_and_migration, "pages are discarded and touched while their frames are taken",
 	.setup = setup_two_pages, .fiber = {fiber_take, fiber_dontneed, fiber_write});
 
+/* Page tables leave the tree and are used again elsewhere while a migration looks at them. */
+static void fiber_remap(void)
+{
+	struct ctg_mm *mm = xp_world->mm[0];
+
+	xp_op("munmap of all");
+	XP_EXPECT(xp_munmap(mm, VPN, 2) == 0);
+	xp_op("mmap elsewhere");
+	XP_EXPECT(xp_mmap(mm, VPN + 2 * BLOCK, 2, CTG_PROT_READ | CTG_PROT_WRITE) == 0);
+	XP_EXPECT(xp_write(mm, VPN + 2 * BLOCK, 4) == 0);
+}
+
+SCENARIO(remap_and_migration, "all pages are unmapped and others mapped while frames are taken",
+	.setup = setup_two_pages, .fiber = {fiber_take, fiber_remap}, .finish = finish_took);
+
 /* ---- access and rights against migration ------------------------------------------------------
  */
 
 SCENARIO(write_and_migration, "writes and reads while the frame moves", .setup = setup_two_pages,
 	.fiber = {fiber_take, fiber_write}, .finish = finish_took);
+
+static void setup_unwritten(void)
+{
+	xp_simple(1, 1);
+	xp_world->mm[0] = xp_mm(CTG_GFP_SPILL);
+	XP_EXPECT(xp_mmap(xp_world->mm[0], VPN, 2, CTG_PROT_READ | CTG_PROT_WRITE) == 0);
+	XP_EXPECT(ctg_mm_populate(xp_world->mm[0], VPN, 2, NULL) == 0);
+}
+
+SCENARIO(first_write_and_migration, "pages are written for the first time while the frames move",
+	.setup = setup_unwritten, .fiber = {fiber_take, fiber_write}, .finish = finish_took);
 
 SCENARIO(writes_and_migration, "two CPUs write while the frame moves", .setup = setup_two_pages,
 	.fiber = {fiber_take, fiber_write, fiber_read_write}, .finish = finish_took);
@@ -652,4 +678,4 @@ const struct xp_scenario *const xp_scenarios[] = {&exit_and_migration, &munmap_a
 	&cache_and_isolation, &drain_and_free, &populate_and_isolation, &put_and_waiter,
 	&put_and_two_waiters, &freeze_and_tryget, &freeze_and_waiter, &home_and_munmap,
 	&home_take_write, &killed_waiter, &put_and_take, &glance_and_migration, &glance_and_munmap,
-	&two_isolate, NULL};
+	&two_isolate, &remap_and_migration, &first_write_and_migration, NULL};

@@ -248,6 +248,11 @@ static void count_entry(
 	if (frame->anon != mm->anon || vpn < frame->index ||
 		vpn - frame->index >= (uint64_t)1 << ctg_info_order(frame->info.v))
 		xp_violation("frame %llu does not know that page %llu maps it", (ull)pfn, (ull)vpn);
+	for (unsigned i = 0; i < XP_MAX_PAGES; i++)
+		if (xp_m->page[i].mm == mm && xp_m->page[i].vpn - vpn < nr && xp_m->page[i].dirty &&
+			(entry & CTG_PTE_DIRTY) == 0)
+			xp_violation("page %llu was written and is not marked dirty",
+				(ull)xp_m->page[i].vpn);
 	mappings[zone_index(zone)][pfn - zone->base]++;
 }
 

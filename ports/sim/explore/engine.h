@@ -137,6 +137,7 @@ struct xp_page {
 	enum xp_page_state state;
 	unsigned prot, prot_next; /* differ while mprotect runs */
 	uint64_t value;
+	bool dirty;   /* written and not discarded: the entry has to say so */
 	bool zeroing; /* a discard is under way, or was when it was last written: zero is right too
 		       */
 };

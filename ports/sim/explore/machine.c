@@ -235,6 +235,7 @@ static void model_written(struct xp_page *page, uint64_t value, ctg_pfn_t pfn)
 		xp_violation("page %llu written although that is forbidden (frame %llu)",
 			(unsigned long long)page->vpn, (unsigned long long)pfn);
 	page->value = value;
+	page->dirty = !page->zeroing;
 }
 
 static void model_faulted(const struct xp_page *page, bool write, int error)
@@ -361,6 +362,7 @@ static void begin_zeroing(struct xp_page *page, unsigned arg)
 {
 	(void)arg;
 	page->zeroing = true;
+	page->dirty = false;
 	page->prot_next = page->prot;
 }
 
@@ -392,6 +394,7 @@ int xp_mmap(struct ctg_mm *mm, ctg_vpn_t vpn, uint64_t nr, unsigned prot)
 		page->state = XP_MAPPED;
 		page->prot = page->prot_next = prot;
 		page->value = 0;
+		page->dirty = false;
 		page->zeroing = false;
 	}
 	return ret;
