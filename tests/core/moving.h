@@ -111,6 +111,32 @@ static inline bool in_block(ctg_pfn_t pfn, ctg_pfn_t block)
 	return (pfn & ~(PAGES - 1)) == (block & ~(PAGES - 1));
 }
 
+/* ---- a few small pages in one pageblock -------------------------------------------------- */
+
+struct scene {
+	struct world w;
+	struct ctg_mm *mm;
+	ctg_pfn_t block; /* the pageblock that all pages lie in */
+};
+
+#define SCENE_PAGES 30u
+
+static inline void scene_open(struct scene *s)
+{
+	world_open(&s->w, 4);
+	s->mm = space_new(&s->w, 0);
+	map_small(&s->w, s->mm, BASE, SCENE_PAGES);
+	s->block = pfn_of(s->mm, BASE) & ~(PAGES - 1);
+	for (unsigned i = 0; i < SCENE_PAGES; i++)
+		assert_true(in_block(pfn_of(s->mm, BASE + i), s->block));
+}
+
+static inline void scene_close(struct scene *s)
+{
+	ctg_mm_destroy(s->mm, false);
+	world_close(&s->w);
+}
+
 /* ---- running out of memory --------------------------------------------------------------- */
 
 struct hoard {
