@@ -29,7 +29,7 @@
 #define WATCH_STOP 0            /* what the watcher's events are about: the stop event, */
 #define WATCH_HOME UINT64_MAX   /* an agent that answers again, */
 				/* or else the connection of the taker of that number */
-#define HOME_BUDGET_FRAMES 4096 /* 16 MiB: what an allocation may have to wait for */
+#define HOME_BUDGET_FRAMES 2048 /* 8 MiB: what an allocation may have to wait for */
 
 /* ---- takers that may go away ------------------------------------------------------------------
  */
@@ -58,10 +58,31 @@ void *watch_thread(void *arg)
 			__atomic_store_n(&t->cancel.v, 1, __ATOMIC_RELEASE);
 			port->wake(port->host, &t->cancel, UINT32_MAX);
 		}
+		pthread_cond_broadcast(&server->changed);
 		pthread_mutex_unlock(&server->lock);
 		if (event.data.u64 == WATCH_STOP)
 			return NULL;
 	}
+}
+
+/*
+ * What is on its way home at this moment is held, and the allocation would find it in its way. A
+ * step is short, and no other begins while somebody allocates; only a borrower that does not answer
+ * may make it long, and then there is no use in waiting.
+ */
+static void taker_await_home(struct ctg_server *server, const struct taker *taker)
+{
+	uint64_t give_up = posix_now(NULL) + SERVER_PING_NS;
+	const struct timespec until = {
+		.tv_sec = (time_t)(give_up / 1000000000u),
+		.tv_nsec = (long)(give_up % 1000000000u),
+	};
+
+	pthread_mutex_lock(&server->lock);
+	while (server->coming_home && taker->cancel.v == 0)
+		if (pthread_cond_timedwait(&server->changed, &server->lock, &until) != 0)
+			break;
+	pthread_mutex_unlock(&server->lock);
 }
 
 static void taker_begin(struct connection *connection, struct taker *taker)
@@ -79,6 +100,7 @@ static void taker_begin(struct connection *connection, struct taker *taker)
 	event.data.u64 = taker->id;
 	/* Without a watch it can still be answered; it only cannot be cancelled. */
 	epoll_ctl(server->watch_epoll, EPOLL_CTL_ADD, connection->fd, &event);
+	taker_await_home(server, taker);
 }
 
 static void taker_end(struct connection *connection, struct taker *taker)
@@ -154,8 +176,13 @@ void *home_thread(void *arg)
 			pthread_mutex_unlock(&server->lock);
 			return NULL;
 		}
+		server->coming_home = true;
 		pthread_mutex_unlock(&server->lock);
 		err = ctg_migrate_home(server->ctg, HOME_BUDGET_FRAMES, &moved);
+		pthread_mutex_lock(&server->lock);
+		server->coming_home = false;
+		pthread_cond_broadcast(&server->changed);
+		pthread_mutex_unlock(&server->lock);
 		if (err == -CTG_EAGAIN) {
 			home_kick(server, hint);
 		} else if (hint) {
@@ -179,7 +206,7 @@ struct taking {
 	struct ctg_alloc_report report; /* of the last attempt */
 	struct ctg_alloc_report total;
 	struct lease *lease;
-	uint64_t ns; /* from the first attempt to the last */
+	uint64_t ns; /* when it began; in the end: how long it took */
 };
 
 static void report_add(struct taking *t)
@@ -274,7 +301,6 @@ static int take(struct taking *t)
 	t->core.align_order = align;
 	t->core.cancel = &t->taker.cancel;
 	t->total.obstacle_pfn = CTG_PFN_NONE;
-	t->ns = posix_now(NULL);
 	if (r->timeout_ns != 0)
 		t->core.deadline =
 			r->timeout_ns < CTG_NO_DEADLINE - 1 - t->ns ? t->ns + r->timeout_ns : 0;
@@ -556,6 +582,7 @@ json_t *lease_alloc(struct connection *connection, const struct control_request 
 		posix_error(&error, -CTG_ENOMEM, "the server has no memory for the request");
 		return control_failure(&error, NULL);
 	}
+	t.ns = posix_now(NULL);
 	taker_begin(connection, &t.taker);
 	err = take(&t);
 	taker_end(connection, &t.taker);

@@ -21,6 +21,7 @@
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 
 /* A window of 1 TiB is more than anybody asks for, and its bitmap is small. */
@@ -28,7 +29,7 @@
 #define WINDOW_LIMIT (CTG_MM_MAX_VPN << CTG_PAGE_SHIFT)
 /* How long a process may live on after its agent has vanished in the middle of a command. */
 #define LOST_AGENT_NS 5000000000ull
-#define STAT_WAIT_NS 100000000ull
+#define STAT_WAIT_NS 100000000l
 
 int session_check_hello(const void *message, size_t bytes, struct proto_hello *out)
 {
@@ -769,11 +770,14 @@ static void stat_pages(struct session *session)
 	struct ctg_server *server = session->server;
 	struct ctg_mm_stat mm;
 	struct timespec until;
-	uint64_t give_up = posix_now(NULL) + STAT_WAIT_NS;
 
-	until.tv_sec = (time_t)(give_up / 1000000000u);
-	until.tv_nsec = (long)(give_up % 1000000000u);
-	if (pthread_mutex_clocklock(&session->serving, CLOCK_MONOTONIC, &until) != 0)
+	clock_gettime(CLOCK_REALTIME, &until);
+	until.tv_nsec += STAT_WAIT_NS;
+	if (until.tv_nsec >= 1000000000) {
+		until.tv_nsec -= 1000000000;
+		until.tv_sec++;
+	}
+	if (pthread_mutex_timedlock(&session->serving, &until) != 0)
 		return;
 	ctg_mm_stat(session->space.mm, &mm);
 	pthread_mutex_unlock(&session->serving);

@@ -118,6 +118,7 @@ struct ctg_server {
 	uint64_t next_taker;
 	unsigned allocating; /* allocations under way: coming home waits for them */
 	bool home_wanted, hint_wanted;
+	bool coming_home; /* ctg_migrate_home runs; its end broadcasts changed */
 	pthread_cond_t home;
 };
 
