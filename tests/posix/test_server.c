@@ -166,6 +166,17 @@ static json_int_t take(struct ctg_client *client, uint64_t bytes, bool hold, cha
 	return n;
 }
 
+/* The same where it must succeed. */
+static json_int_t take_surely(struct ctg_client *client, uint64_t bytes, bool hold)
+{
+	char text[256] = "";
+	json_int_t lease = take(client, bytes, hold, text);
+
+	if (lease < 0)
+		fail_msg("%s", text);
+	return lease;
+}
+
 static void release(struct ctg_client *client, json_int_t lease)
 {
 	json_t *answer = ask(client, json_pack("{s:s, s:I}", "do", "release", "lease", lease));
@@ -299,9 +310,8 @@ static void test_take_back(void **state)
 	borrower_do(&b, "churn 0 %u", (unsigned)AREA_CHUNKS);
 	for (unsigned i = 0; i < 6; i++) {
 		uint64_t bytes = at_most((8 + 8 * i) * MIB);
-		json_int_t lease = take(client, bytes, i % 2 != 0, NULL);
+		json_int_t lease = take_surely(client, bytes, i % 2 != 0);
 
-		assert_true(lease > 0);
 		assert_int_equal(area().nr_allocated, bytes >> CTG_PAGE_SHIFT);
 		release(client, lease);
 	}
@@ -326,8 +336,7 @@ static void test_home(void **state)
 	assert_int_equal(borrower_do(&b, "map 0 %u", (unsigned)AREA_CHUNKS), 0);
 	borrower_do(&b, "fill 0 %u 3", (unsigned)AREA_CHUNKS);
 	bytes = at_most(40 * MIB);
-	lease = take(client, bytes, false, NULL);
-	assert_true(lease > 0);
+	lease = take_surely(client, bytes, false);
 	assert_int_equal(borrower_number(client, "spilled_bytes"), bytes);
 	release(client, lease);
 	while (borrower_number(client, "spilled_bytes") != 0 && posix_now(NULL) < give_up)
@@ -579,7 +588,7 @@ static void test_deaf(void **state)
 		assert_int_equal(json_array_size(json_object_get(answer, "borrowers")), 2);
 		json_decref(answer);
 	}
-	release(client, take(client, 32 * MIB, false, NULL));
+	release(client, take_surely(client, 32 * MIB, false));
 	assert_int_equal(borrower_do(&other, "check 0 4 6"), 1);
 	borrower_end(&other);
 	borrower_kill(&deaf);
@@ -601,8 +610,7 @@ static void test_home_later(void **state)
 	client = dial();
 	borrower_start(&b, NAME);
 	assert_int_equal(borrower_do(&b, "map 0 %u", (unsigned)AREA_CHUNKS), 0);
-	lease = take(client, 32 * MIB, false, NULL);
-	assert_true(lease > 0);
+	lease = take_surely(client, 32 * MIB, false);
 	assert_int_equal(borrower_number(client, "spilled_bytes"), 32 * MIB);
 	kill(b.pid, SIGSTOP);
 	assert_int_equal(waitpid(b.pid, &status, WUNTRACED), b.pid);
@@ -890,7 +898,7 @@ static void test_stop(void **state)
 			struct ctg_client *client = dial();
 
 			/* Some of it is in the spill zone when the end comes. */
-			assert_true(take(client, 24 * MIB, false, NULL) > 0);
+			take_surely(client, 24 * MIB, false);
 			ctg_client_close(client);
 		}
 		usleep(i * 1000);
