@@ -911,7 +911,7 @@ static void test_stop(void **state)
 		assert_int_equal(borrower_do(&a, "calm"), 1);
 		assert_int_equal(borrower_do(&a, "check 0 16 1"), 1);
 		if (i == 5)
-			assert_int_equal(borrower_answer(&b), -EPIPE);
+			assert_true(borrower_answer(&b) < 0);
 		assert_int_equal(borrower_do(&b, "check 0 16 2"), 1);
 		assert_int_equal(borrower_do(&b, "map 16 1"), -EPIPE);
 		borrower_end(&a);
