@@ -515,6 +515,15 @@ int posix_hugetlb_open(struct ctg_region *region, struct posix_store *store, uin
 
 /* ---- displaced memory -------------------------------------------------------------------- */
 
+static int huge_ensure(struct posix_store *store, ctg_pfn_t pfn, size_t bytes)
+{
+	off_t at = (off_t)((pfn - store->base) << CTG_PAGE_SHIFT);
+
+	if (fallocate(store->fd, 0, at, (off_t)bytes) != 0)
+		return -CTG_ENOMEM;
+	return 0;
+}
+
 /*
  * A huge page that is about to be overwritten need not be cleared: UFFDIO_COPY makes it with its
  * contents. The direct map of the store is registered for missing pages to that end, so nobody may
@@ -528,6 +537,9 @@ static int huge_fill(struct posix_store *store, ctg_pfn_t pfn, const void *from,
 
 	while (ioctl(store->uffd, UFFDIO_COPY, &copy) != 0) {
 		if (errno == EEXIST) {
+			/* Or there is no page to be had: the kernel says the same then. */
+			if (huge_ensure(store, pfn, bytes) != 0)
+				return -CTG_ENOMEM;
 			memcpy(posix_store_address(store, pfn), from, bytes);
 			return 0;
 		}
@@ -540,15 +552,6 @@ static int huge_fill(struct posix_store *store, ctg_pfn_t pfn, const void *from,
 		}
 		copy.copy = 0;
 	}
-	return 0;
-}
-
-static int huge_ensure(struct posix_store *store, ctg_pfn_t pfn, size_t bytes)
-{
-	off_t at = (off_t)((pfn - store->base) << CTG_PAGE_SHIFT);
-
-	if (fallocate(store->fd, 0, at, (off_t)bytes) != 0)
-		return -CTG_ENOMEM;
 	return 0;
 }
 

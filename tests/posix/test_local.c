@@ -58,6 +58,7 @@ static bool open_region(struct fixture *f, const char *backing, bool force_stop)
 		.spill_bytes = CTG_SPILL_DEFAULT,
 		.force_stop = force_stop};
 	struct ctg_region_info info;
+	struct ctg_cma_stat stat;
 	struct ctg_error error = {0};
 	void *heap;
 	int ret = ctg_region_open(&config, &f->region, &error);
@@ -67,6 +68,12 @@ static bool open_region(struct fixture *f, const char *backing, bool force_stop)
 		return false;
 	}
 	assert_int_equal(ret, 0);
+	ctg_cma_stat(ctg_region_area(f->region), &stat);
+	if (stat.longest_unallocated < TAKE >> CTG_PAGE_SHIFT) {
+		print_message("skipped: no physical run is long enough\n");
+		ctg_region_close(f->region);
+		return false;
+	}
 	ctg_region_info(f->region, &info);
 	if (!force_stop && strcmp(info.guard, "userfaultfd") != 0) {
 		print_message("skipped: %s\n", info.guard_why);
@@ -136,8 +143,7 @@ static void take_while(struct fixture *f, void *(*fn)(void *), void *arg, size_t
 	assert_true(f->takes >= ROUNDS);
 }
 
-/* ---- user-mode writers
- * --------------------------------------------------------------------------- */
+/* ---- user-mode writers ------------------------------------------------------------------- */
 
 struct counter {
 	struct fixture *f;
@@ -183,8 +189,7 @@ static void writers(const char *backing, bool force_stop)
 	close_region(&f);
 }
 
-/* ---- the kernel writes
- * ----------------------------------------------------------------------------- */
+/* ---- the kernel writes ------------------------------------------------------------------- */
 
 struct stream {
 	struct fixture *f;
@@ -332,8 +337,7 @@ static void randoms(const char *backing, bool force_stop)
 	free(d);
 }
 
-/* ---- others use the core meanwhile
- * ------------------------------------------------------------------ */
+/* ---- others use the core meanwhile ------------------------------------------------------- */
 
 /*
  * Maps and unmaps beside the take-backs. Under POSIX_GUARD_STOP these threads are stopped with
@@ -394,8 +398,7 @@ CASES(streams)
 CASES(randoms)
 CASES(churn)
 
-/* ---- the calls themselves
- * ---------------------------------------------------------------------------- */
+/* ---- the calls themselves ---------------------------------------------------------------- */
 
 static void test_bad_calls(void **state)
 {

@@ -101,8 +101,7 @@ static struct ctg_region *open_ok(const struct ctg_region_config *config)
 	return region;
 }
 
-/* ---- refusals
- * ------------------------------------------------------------------------------------ */
+/* ---- refusals ---------------------------------------------------------------------------- */
 
 static void refuse(const struct ctg_region_config *config, int code, const char *word)
 {
@@ -207,8 +206,7 @@ static void test_out_of_descriptors(void **state)
 	}
 }
 
-/* ---- what is open
- * ---------------------------------------------------------------------------------- */
+/* ---- what is open ------------------------------------------------------------------------ */
 
 static void test_open_close(void **state)
 {
@@ -319,8 +317,7 @@ static void test_file_backing(void **state)
 	free(page);
 }
 
-/* ---- contents
- * --------------------------------------------------------------------------------------- */
+/* ---- contents ---------------------------------------------------------------------------- */
 
 static void fill(unsigned char *p, uint64_t bytes, unsigned seed)
 {
@@ -410,8 +407,7 @@ static void test_pieces(void **state)
 	ctg_region_close(region);
 }
 
-/* ---- memory for the core
- * ------------------------------------------------------------------------------ */
+/* ---- memory for the core ----------------------------------------------------------------- */
 
 static void test_meta(void **state)
 {
@@ -449,8 +445,7 @@ static void test_meta(void **state)
 	ctg_region_close(region);
 }
 
-/* ---- take-backs that cannot be
- * ------------------------------------------------------------------------- */
+/* ---- take-backs that cannot be ----------------------------------------------------------- */
 
 struct lent {
 	struct ctg_region *region;

@@ -93,8 +93,7 @@ static void teardown(struct fixture *f)
 	ctg_region_close(f->region);
 }
 
-/* ---- lists of ranges
- * -------------------------------------------------------------------------------- */
+/* ---- lists of ranges --------------------------------------------------------------------- */
 
 #define UNIT ((uint64_t)4096)
 
@@ -139,8 +138,7 @@ static void test_ranges(void **state)
 	teardown(&f);
 }
 
-/* ---- conversions
- * ------------------------------------------------------------------------------------- */
+/* ---- conversions ------------------------------------------------------------------------- */
 
 static bool is_private(const struct fixture *f, uint64_t at)
 {
@@ -423,8 +421,7 @@ static void test_lend_without_room(void **state)
 	teardown(&f);
 }
 
-/* ---- exclusion
- * ------------------------------------------------------------------------------------------ */
+/* ---- exclusion --------------------------------------------------------------------------- */
 
 static void test_exclusive_is_not_moved(void **state)
 {
@@ -477,8 +474,7 @@ static void test_begin_waits(void **state)
 	teardown(&f);
 }
 
-/* ---- operations that fail
- * --------------------------------------------------------------------------------- */
+/* ---- operations that fail ---------------------------------------------------------------- */
 
 static struct {
 	int (*ops)(struct posix_space *space, const struct posix_op *ops, size_t nr, int *err);
