@@ -123,27 +123,6 @@ int ctg_isolation_wait(struct ctg_zone *zone, uint32_t seen, uint64_t *until,
 
 /* ---- looking at frames ----------------------------------------------------------------------- */
 
-/* The head of the allocated block that contains pfn, which may begin below. */
-static ctg_pfn_t used_head(const struct ctg_zone *zone, ctg_pfn_t pfn)
-{
-	for (unsigned order = 0; order <= CTG_MAX_ORDER; order++) {
-		ctg_pfn_t head = pfn & ~(((uint64_t)1 << order) - 1);
-		uint32_t info;
-		unsigned state;
-
-		if (head < zone->base)
-			break;
-		info = ctg_load32_acquire(&ctg_zone_frame(zone, head)->info);
-		state = ctg_info_state(info);
-		if ((state == CTG_FRAME_USED || state == CTG_FRAME_ANON) &&
-			ctg_info_order(info) >= order)
-			return head;
-		if (state != CTG_FRAME_TAIL)
-			break;
-	}
-	return pfn;
-}
-
 /* What keeps the frame from being taken, mappings apart; NONE if nothing does. */
 static enum ctg_obstacle_kind frame_obstacle(uint32_t info, uint64_t word)
 {
@@ -185,7 +164,7 @@ static ctg_pfn_t look_in_block(struct ctg_zone *zone, ctg_pfn_t pfn, ctg_pfn_t e
 ctg_pfn_t ctg_contig_look(struct ctg_zone *zone, ctg_pfn_t start, uint64_t nr,
 	const struct ctg_alloc_request *request, struct ctg_alloc_report *report)
 {
-	ctg_pfn_t pfn = used_head(zone, start), end = start + nr;
+	ctg_pfn_t pfn = ctg_used_head(zone, start), end = start + nr;
 
 	/* A large frame that begins below: it is looked at where it begins. */
 	if (pfn < start && look_in_block(zone, pfn, pfn + 1, false, report) != CTG_PFN_NONE)
@@ -378,7 +357,7 @@ static void spin_while_between(struct ctg_zone *zone, ctg_pfn_t pfn)
 static int wait_for_busy(struct take *take, bool last)
 {
 	struct ctg *ctg = take->zone->ctg;
-	ctg_pfn_t pfn = used_head(take->zone, take->busy);
+	ctg_pfn_t pfn = ctg_used_head(take->zone, take->busy);
 	const struct ctg_frame *frame = ctg_zone_frame(take->zone, pfn);
 	uint64_t word = ctg_load64_relaxed(&frame->word), until;
 	enum ctg_obstacle_kind kind = frame_obstacle(ctg_load32_acquire(&frame->info), word);

@@ -213,6 +213,8 @@ static inline struct ctg_block *ctg_zone_block(const struct ctg_zone *zone, ctg_
 struct ctg_zone *ctg_zone_of(struct ctg *ctg, ctg_pfn_t pfn); /* NULL: outside every zone */
 /* The frame of a pfn known to be in a zone. */
 struct ctg_frame *ctg_frame_of(struct ctg *ctg, ctg_pfn_t pfn);
+/* The head of the block in use that contains pfn; pfn itself if it is in none. */
+ctg_pfn_t ctg_used_head(const struct ctg_zone *zone, ctg_pfn_t pfn);
 /* ctg_zone_release into a given type (CMA for areas). Takes zone->lock. 0 or -EINVAL. */
 int ctg_zone_lend(struct ctg_zone *zone, ctg_pfn_t pfn, uint64_t nr, enum ctg_migratetype mt,
 	bool zeroed);

@@ -11,26 +11,6 @@
 /* ---- looking at frames ------------------------------------------------------------------------
  */
 
-/* The head of the block that contains pfn, if it is in use, which may begin below; else pfn. */
-static ctg_pfn_t used_head(const struct ctg_zone *zone, ctg_pfn_t pfn)
-{
-	for (unsigned order = 0; order <= CTG_MAX_ORDER; order++) {
-		ctg_pfn_t head = pfn & ~(((uint64_t)1 << order) - 1);
-		unsigned state;
-		uint32_t info;
-
-		if (head < zone->base)
-			break;
-		info = ctg_load32_acquire(&ctg_zone_frame(zone, head)->info);
-		state = ctg_info_state(info);
-		if (state == CTG_FRAME_USED || state == CTG_FRAME_ANON)
-			return ctg_info_order(info) >= order ? head : pfn;
-		if (state != CTG_FRAME_TAIL)
-			break;
-	}
-	return pfn;
-}
-
 /* A pageblock of which nothing is in use: a hint, right for blocks that the caller has isolated. */
 static bool block_idle(const struct ctg_zone *zone, ctg_pfn_t pfn)
 {
@@ -76,7 +56,7 @@ struct empty {
  */
 static int survey(struct empty *empty)
 {
-	ctg_pfn_t pfn = used_head(empty->zone, empty->start);
+	ctg_pfn_t pfn = ctg_used_head(empty->zone, empty->start);
 	uint64_t pages = 0;
 	uint32_t info;
 
@@ -136,7 +116,7 @@ static ctg_pfn_t gather(struct ctg_moves *moves, ctg_pfn_t pfn, ctg_pfn_t end)
 /* Move what can be moved, batch by batch. 0: all of it. */
 static int empty_once(struct empty *empty, struct ctg_moves *moves)
 {
-	ctg_pfn_t pfn = used_head(empty->zone, empty->start);
+	ctg_pfn_t pfn = ctg_used_head(empty->zone, empty->start);
 
 	moves->error = 0;
 	while (pfn < empty->end) {

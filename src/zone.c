@@ -189,3 +189,23 @@ void ctg_zone_stat(struct ctg_zone *zone, struct ctg_zone_stat *out)
 	out->longest_free = longest.nr;
 	out->longest_free_pfn = longest.pfn;
 }
+
+/* A head that does not reach as far as pfn ends the search: no other block could contain both. */
+ctg_pfn_t ctg_used_head(const struct ctg_zone *zone, ctg_pfn_t pfn)
+{
+	for (unsigned order = 0; order <= CTG_MAX_ORDER; order++) {
+		ctg_pfn_t head = pfn & ~(((uint64_t)1 << order) - 1);
+		unsigned state;
+		uint32_t info;
+
+		if (head < zone->base)
+			break;
+		info = ctg_load32_acquire(&ctg_zone_frame(zone, head)->info);
+		state = ctg_info_state(info);
+		if (state == CTG_FRAME_USED || state == CTG_FRAME_ANON)
+			return ctg_info_order(info) >= order ? head : pfn;
+		if (state != CTG_FRAME_TAIL)
+			break;
+	}
+	return pfn;
+}
