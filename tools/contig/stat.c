@@ -24,7 +24,7 @@ static void row_bytes(const char *label, uint64_t bytes)
 {
 	char text[CLI_SIZE_TEXT];
 
-	printf("  %-22s %s\n", label, cli_size_text(bytes, text));
+	printf("  %-24s %s\n", label, cli_size_text(bytes, text));
 }
 
 static void row_frames(const char *label, const json_t *answer, const char *path)
@@ -34,7 +34,7 @@ static void row_frames(const char *label, const json_t *answer, const char *path
 
 static void row_count(const char *label, const json_t *answer, const char *path)
 {
-	printf("  %-22s %llu\n", label, (unsigned long long)cli_u64(answer, path));
+	printf("  %-24s %llu\n", label, (unsigned long long)cli_u64(answer, path));
 }
 
 static void print_region(const json_t *answer)
@@ -44,13 +44,13 @@ static void print_region(const json_t *answer)
 	printf("region '%s', %s, %llu-KiB mappings\n", cli_string(answer, "name"),
 		cli_string(answer, "backing"),
 		(unsigned long long)(4u << cli_u64(answer, "map_order")));
-	printf("  %-22s %s%s%s%s\n", "physically contiguous",
+	printf("  %-24s %s%s%s%s\n", "physically contiguous",
 		json_is_true(physical)    ? "yes"
 		: json_is_false(physical) ? "no"
 					  : "cannot be known",
 		*cli_string(answer, "physical_why") ? " (" : "", cli_string(answer, "physical_why"),
 		*cli_string(answer, "physical_why") ? ")" : "");
-	printf("  %-22s %s%s%s%s\n", "writers wait by", cli_string(answer, "guard"),
+	printf("  %-24s %s%s%s%s\n", "writers wait by", cli_string(answer, "guard"),
 		*cli_string(answer, "guard_why") ? " (" : "", cli_string(answer, "guard_why"),
 		*cli_string(answer, "guard_why") ? ")" : "");
 	printf("memory\n");

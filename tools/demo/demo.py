@@ -31,6 +31,7 @@ BLOCKS, ORDER = 4800, 4
 LENT_WANTED = 94.0  # fill up to this
 LENT_NEEDED = 90.0  # take back from no less than this
 HOME_SECONDS = 30
+COMPACTIONS = 4  # of physical memory, before giving up
 
 
 def say(text=""):
@@ -90,21 +91,52 @@ def make_backings(options):
     return [f"file:{path}" for path in options.files]
 
 
+def start_region(options, backing, name, program, log, **popen):
+    """A region from which 300 MiB can be had in one piece: with huge pages that is not a matter of
+    course, since physical memory may be fragmented. Root can have it compacted."""
+    for attempt in range(COMPACTIONS + 1):
+        region = Region(options.contig, f"demo-{name}-{os.getpid()}", REGION, backing, program, log,
+                        **popen)
+        try:
+            region.wait_served()
+            longest = region.stat()["area"]["longest_unallocated"] * 4096
+            if longest >= BUFFER:
+                return region
+            region.stop()
+            why = f"the longest physical run that could be had is {longest // MIB} MiB"
+        except Failed as error:
+            region.stop()
+            if "fragmented" not in str(error):
+                raise
+            why = str(error)
+        if attempt == COMPACTIONS or not compact_memory():
+            break
+        say(f"  {name}: {why}; the kernel has compacted memory, trying again")
+    raise Failed(f"{name}: {why}; restart the machine, or use --backing memfd")
+
+
+def compact_memory():
+    """Ask the kernel to; False if we may not."""
+    try:
+        with open("/proc/sys/vm/compact_memory", "w", encoding="ascii") as file:
+            file.write("1\n")
+        return True
+    except OSError:
+        return False
+
+
 def start_sides(options, directory):
     kinds = make_backings(options)
     logs = [open(f"{directory}/{name}.log", "w+b") for name in ("redis", "sqlite")]
-    names = [f"demo-{name}-{os.getpid()}" for name in ("redis", "sqlite")]
-    redis = Region(options.contig, names[0], REGION, kinds[0], redis_command(directory),
-                   logs[0], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    sides = [Side("redis", redis)]
+    sides = [Side("redis", start_region(options, kinds[0], "redis", redis_command(directory), logs[0],
+                                        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL))]
     try:
-        redis.wait_served()
-        sqlite = Region(options.contig, names[1], REGION, kinds[1], ["sqlite3", ":memory:"],
-                        logs[1], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        sides.append(Side("sqlite", sqlite))
-        sqlite.wait_served()
-        sides[0].job = RedisJob(f"{directory}/redis.sock", redis.process)
-        sides[1].job = SqliteJob(sqlite.process)
+        sides.append(Side("sqlite", start_region(
+            options, kinds[1], "sqlite", ["sqlite3", ":memory:"], logs[1],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE)))
+        for side, job in zip(sides, (
+                lambda process: RedisJob(f"{directory}/redis.sock", process), SqliteJob)):
+            side.job = job(side.region.process)
     except BaseException:
         stop_all(sides)
         raise
@@ -155,7 +187,7 @@ def take(side, memcpy, what, seed, arguments):
         "bytes": buffer.bytes, "blocks": len(buffer.blocks),
         "frames_moved": buffer.answer["frames_moved"], "ns": buffer.answer["ns"],
         "memcpy_ns": 0, "ratio": 0.0, "lent_percent": round(lent, 1),
-        "stall_ns": side.borrower_stall()}
+        "stall_ns": side.borrower_stall(), "report": buffer.answer["report"]}
     if buffer.bytes != BUFFER:
         raise Failed(f"{side.name}: {buffer.bytes} bytes came, {BUFFER} were asked for")
     facts["zeroed"] = buffer.is_zero()
@@ -286,7 +318,7 @@ def run(options, directory):
             for what in ("single", "bulk"):
                 side.facts[what]["memcpy_ns"] = memcpy.best()
                 side.facts[what]["ratio"] = round(side.facts[what]["ns"] / memcpy.best(), 3)
-        return collect(sides, backing["backing"])
+        return collect(sides, backing["backing"], memcpy)
     finally:
         if prober:
             prober.process.kill()
@@ -306,7 +338,7 @@ def finish(sides):
                          f"{side.region.last_words()}")
 
 
-def collect(sides, backing):
+def collect(sides, backing, memcpy):
     regions = [side.facts for side in sides]
     takes = [r[what] for r in regions for what in ("single", "bulk")]
     contiguous = [r["physically_contiguous"] for r in regions]
@@ -320,7 +352,8 @@ def collect(sides, backing):
         "stall_max_ns": max(t["stall_ns"] for t in takes),
         "wrong_answers": regions[0]["probe"]["wrong"],
         "single": regions[0]["single"], "bulk": regions[0]["bulk"],
-        "regions": regions, "machine": platform.machine(), "kernel": platform.release(),
+        "memcpy_samples": len(memcpy.times), "memcpy_median_ns": memcpy.median(),
+        "cpus": os.cpu_count(), "regions": regions, "machine": platform.machine(), "kernel": platform.release(),
     }
     return facts, [m for side in sides for m in side.maps]
 
@@ -405,6 +438,7 @@ def main():
         say("\n" + page.text_map(title, answer))
     say(page.legend())
     say("\n" + page.text_table(page.table_rows(facts["regions"])) + "\n")
+    say("  " + page.memcpy_note(facts) + "\n")
     for line in good + bad:
         say("  " + line)
     if options.json:

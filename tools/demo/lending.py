@@ -7,6 +7,7 @@ import json
 import mmap
 import os
 import socket
+import statistics
 import struct
 import subprocess
 import tempfile
@@ -236,3 +237,6 @@ class Memcpy:
 
     def best(self):
         return min(self.times)
+
+    def median(self):
+        return int(statistics.median(self.times))

@@ -97,6 +97,11 @@ def text_table(rows):
     return "\n".join(text)
 
 
+def memcpy_note(facts):
+    return (f"memcpy: the same bytes, the best of {facts['memcpy_samples']} in this run (median "
+            f"{ms(facts['memcpy_median_ns'])} ms), on {facts['cpus']} CPUs that the programs keep busy")
+
+
 def svg_map(title, answer):
     cell, gap = 12, 2
     row = cells(answer)
@@ -131,4 +136,5 @@ def page(facts, maps, verdict):
             f'<meta name="viewport" content="width=device-width"><title>Contig demo</title>\n'
             f"<style>{STYLE}</style></head><body>\n<h1>300 MiB taken back from running programs"
             f"</h1>\n<ul>{notes}</ul>\n<table><tr>{head}</tr>{body}</table>\n"
+            f"<p>{html.escape(memcpy_note(facts))}</p>\n"
             f"<p>A square is 2 MiB.{keys}</p>\n{pictures}\n</body></html>\n")
