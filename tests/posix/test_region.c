@@ -615,6 +615,20 @@ static void test_trace(void **state)
 	end(&l);
 }
 
+static void *nothing(void *arg)
+{
+	return arg;
+}
+
+/* A sanitizer starts a thread of its own with the first one of the program. */
+static int setup(void **state)
+{
+	pthread_t thread;
+
+	(void)state;
+	return pthread_create(&thread, NULL, nothing, NULL) != 0 || pthread_join(thread, NULL) != 0;
+}
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
@@ -637,5 +651,5 @@ int main(void)
 		cmocka_unit_test(test_trace),
 	};
 
-	return cmocka_run_group_tests(tests, NULL, NULL);
+	return cmocka_run_group_tests(tests, setup, NULL);
 }
