@@ -91,8 +91,7 @@ int ctg_client_fd(const struct ctg_client *client)
 	return client->fd;
 }
 
-/* ---- receiving --------------------------------------------------------------------------------
- */
+/* ---- receiving ----------------------------------------------------------------------------- */
 
 /* One message and at most two descriptors; what came beyond is closed. Bytes or negative errno. */
 static ssize_t receive(int socket, char *buffer, size_t size, int fds[2])
@@ -253,8 +252,7 @@ int ctg_client_call(struct ctg_client *client, json_t *request, json_t **answer,
 	return 0;
 }
 
-/* ---- listing ----------------------------------------------------------------------------------
- */
+/* ---- listing ------------------------------------------------------------------------------- */
 
 static void list_directory(const char *dir, json_t *list)
 {

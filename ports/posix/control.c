@@ -239,8 +239,7 @@ int control_parse(
 	return err;
 }
 
-/* ---- answers ----------------------------------------------------------------------------------
- */
+/* ---- answers ------------------------------------------------------------------------------- */
 
 json_t *control_failure(const struct ctg_error *error, json_t *report)
 {

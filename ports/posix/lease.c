@@ -31,8 +31,7 @@
 				/* or else the connection of the taker of that number */
 #define HOME_BUDGET_FRAMES 2048 /* 8 MiB: what an allocation may have to wait for */
 
-/* ---- takers that may go away ------------------------------------------------------------------
- */
+/* ---- takers that may go away --------------------------------------------------------------- */
 
 /*
  * While an allocation runs, its connection's thread is inside the core. This thread notices that
@@ -121,8 +120,7 @@ static void taker_end(struct connection *connection, struct taker *taker)
 	pthread_mutex_unlock(&server->lock);
 }
 
-/* ---- coming home ------------------------------------------------------------------------------
- */
+/* ---- coming home --------------------------------------------------------------------------- */
 
 void home_kick(struct ctg_server *server, bool hint)
 {
@@ -194,8 +192,7 @@ void *home_thread(void *arg)
 	}
 }
 
-/* ---- taking -----------------------------------------------------------------------------------
- */
+/* ---- taking -------------------------------------------------------------------------------- */
 
 /* An allocation under way: its lease, whose blocks fill up, and what it has cost so far. */
 struct taking {
@@ -376,8 +373,7 @@ static void lease_register(struct connection *connection, struct lease *lease)
 	pthread_mutex_unlock(&server->lock);
 }
 
-/* ---- what the taker is told -------------------------------------------------------------------
- */
+/* ---- what the taker is told ---------------------------------------------------------------- */
 
 /* Where a block lies in the file, added to the list; pieces that follow each other are one. */
 static void extents_add(struct ctg_server *server, const struct ctg_extent *block, json_t *list)
@@ -475,46 +471,50 @@ static json_t *granted(struct taking *t, int *fd)
 	return answer;
 }
 
+/* There is a run that fits, but no room for what has to leave it. */
+static void text_no_room(struct ctg_server *server, struct ctg_error *error)
+{
+	struct ctg_region_info info;
+	char all[32], used[32];
+
+	ctg_region_info(server->region, &info);
+	posix_error(error, -CTG_ENOMEM,
+		"no room for what has to move: of the spill zone's %s, %s are in use, and the "
+		"system "
+		"or the borrower can have no more; free memory, or start the region with a larger "
+		"--spill",
+		report_size(info.spill_bytes, all, sizeof(all)),
+		report_size(info.spill_used_bytes, used, sizeof(used)));
+}
+
 static void text_no_memory(struct taking *t, struct ctg_error *error)
 {
 	struct ctg_server *server = t->connection->server;
-	struct ctg_region_info info;
-	struct ctg_cma_stat area;
-	char want[32], all[32], run[32];
 	const struct control_request *r = t->request;
 	uint64_t bytes = r->count != 0 ? (uint64_t)CTG_PAGE_SIZE << r->order : r->bytes;
+	struct ctg_cma_stat area;
+	char want[32], all[32], run[32];
+	uint64_t longest;
 
 	ctg_cma_stat(server->area, &area);
+	longest = area.longest_unallocated << CTG_PAGE_SHIFT;
 	report_size(bytes, want, sizeof(want));
 	report_size(area.nr << CTG_PAGE_SHIFT, all, sizeof(all));
-	if (t->total.obstacle == CTG_OBSTACLE_NO_MEMORY) {
-		ctg_region_info(server->region, &info);
-		report_size(info.spill_bytes, all, sizeof(all));
-		report_size(info.spill_used_bytes, run, sizeof(run));
-		posix_error(error, -CTG_ENOMEM,
-			"no room for what has to move: the spill zone has %s, %s in use, or the "
-			"system is out of memory; free memory, or start the region with a larger "
-			"--spill",
-			all, run);
-		return;
-	}
-	report_size(area.longest_unallocated << CTG_PAGE_SHIFT, run, sizeof(run));
-	if (r->count != 0 && bytes * r->count > area.nr << CTG_PAGE_SHIFT)
+	report_size(longest, run, sizeof(run));
+	if (r->count != 0 && r->count > (area.nr << CTG_PAGE_SHIFT) / bytes)
 		posix_error(error, -CTG_ENOMEM, "%llu blocks of %s: the area has only %s",
 			(unsigned long long)r->count, want, all);
 	else if (bytes > area.nr << CTG_PAGE_SHIFT)
 		posix_error(error, -CTG_ENOMEM,
 			"%s: the area has only %s; start the region with a larger --region", want,
 			all);
-	else if (area.nr_allocated == 0)
-		posix_error(error, -CTG_ENOMEM,
-			"no contiguous run of %s: the area has %s, longest unallocated run %s",
-			want, all, run);
+	else if (t->total.obstacle != CTG_OBSTACLE_NONE && bytes <= longest)
+		text_no_room(server, error);
 	else
 		posix_error(error, -CTG_ENOMEM,
-			"no contiguous run of %s: the area has %s, longest unallocated run %s; "
-			"release a buffer first",
-			want, all, run);
+			"no contiguous run of %s%s: the area has %s, longest unallocated run %s%s",
+			want, r->align > CTG_PAGE_SIZE ? " with that alignment" : "", all, run,
+			area.nr_allocated != 0 ? "; release a buffer first" : "");
 }
 
 static void text_busy(struct taking *t, struct ctg_error *error)
@@ -602,8 +602,7 @@ json_t *lease_alloc(struct connection *connection, const struct control_request 
 	return answer;
 }
 
-/* ---- giving back ------------------------------------------------------------------------------
- */
+/* ---- giving back --------------------------------------------------------------------------- */
 
 /* Take a lease out of the list. server->lock held. */
 static void lease_unlink(struct ctg_server *server, struct lease *lease)

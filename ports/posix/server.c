@@ -39,8 +39,7 @@ static void event_raise(int fd)
 		abort();
 }
 
-/* ---- connections ------------------------------------------------------------------------------
- */
+/* ---- connections --------------------------------------------------------------------------- */
 
 /* The first message. A userfaultfd may come with it; anything else that comes is closed. */
 static int hello_receive(struct connection *connection, struct proto_hello *hello, int *uffd)
@@ -236,8 +235,7 @@ static void *accept_thread(void *arg)
 	}
 }
 
-/* ---- start ------------------------------------------------------------------------------------
- */
+/* ---- start --------------------------------------------------------------------------------- */
 
 static int events_open(struct ctg_server *server)
 {
@@ -314,23 +312,23 @@ int ctg_server_start(
 {
 	struct ctg_region_config region = config->region;
 	struct ctg_server *server = server_new();
+	const char *name = config->name != NULL ? config->name : "";
 	int err;
 
 	if (server == NULL) {
 		posix_error(error, -ENOMEM, "out of memory");
 		return -ENOMEM;
 	}
-	if (region.name == NULL && strlen(config->name) < CTG_CMA_NAME_MAX)
-		region.name = config->name;
+	if (region.name == NULL && strlen(name) < CTG_CMA_NAME_MAX)
+		region.name = name;
 	/* First the name, which costs nothing: opening a region may take seconds. */
-	server->listener =
-		runtime_listen(config->name, server->path, sizeof(server->path), &server->inode);
+	server->listener = runtime_listen(name, server->path, sizeof(server->path), &server->inode);
 	if (server->listener < 0) {
-		err = listen_error(config->name, server->listener, error);
+		err = listen_error(name, server->listener, error);
 		ctg_server_stop(server);
 		return err;
 	}
-	snprintf(server->name, sizeof(server->name), "%s", config->name);
+	snprintf(server->name, sizeof(server->name), "%s", name);
 	server->force_stop = region.force_stop;
 	err = ctg_region_open(&region, &server->region, error);
 	if (err != 0) {
@@ -352,8 +350,7 @@ int ctg_server_start(
 	return 0;
 }
 
-/* ---- stop -------------------------------------------------------------------------------------
- */
+/* ---- stop ---------------------------------------------------------------------------------- */
 
 /* End every connection and join its thread. */
 static void connections_end(struct ctg_server *server)
@@ -414,8 +411,7 @@ void ctg_server_stop(struct ctg_server *server)
 	server_free(server);
 }
 
-/* ---- questions --------------------------------------------------------------------------------
- */
+/* ---- questions ----------------------------------------------------------------------------- */
 
 const char *ctg_server_socket(const struct ctg_server *server)
 {

@@ -89,7 +89,7 @@ int session_check_request(uint64_t window, uint64_t window_bytes, const void *me
 	return 0;
 }
 
-/* ---- death ----------------------------------------------------------------------------------- */
+/* ---- death --------------------------------------------------------------------------------- */
 
 /*
  * Is the borrower's address space gone? An open /proc/PID/maps or environ belongs to the address
@@ -138,8 +138,7 @@ static int session_await_gone(const struct session *session, uint64_t deadline)
 	return 0;
 }
 
-/* ---- the agent; all of it under space.lock ----------------------------------------------------
- */
+/* ---- the agent; all of it under space.lock ------------------------------------------------- */
 
 /*
  * Take one acknowledgement. 1: of command `seq`; 0: an older one's (a ping or hint nobody waited
@@ -356,8 +355,7 @@ void session_hint(struct session *session)
 	pthread_mutex_unlock(&space->lock);
 }
 
-/* ---- requests ---------------------------------------------------------------------------------
- */
+/* ---- requests ------------------------------------------------------------------------------ */
 
 /* Bytes of [addr, addr + bytes) from its start whose chunks are (or are not) private. */
 static uint64_t chunks_alike(struct posix_space *space, uint64_t addr, uint64_t bytes, bool private)
@@ -486,8 +484,7 @@ static void session_loop(struct session *session)
 	}
 }
 
-/* ---- beginning and end ------------------------------------------------------------------------
- */
+/* ---- beginning and end --------------------------------------------------------------------- */
 
 static int send_welcome(struct session *session, int error)
 {
