@@ -35,8 +35,7 @@ static atomic_bool lie, mute, deaf, calm;
 static pthread_mutex_t hint_lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t hint_come = PTHREAD_COND_INITIALIZER;
 
-/* ---- the process: its agent -------------------------------------------------------------------
- */
+/* ---- the process: its agent ---------------------------------------------------------------- */
 
 static void obey(const struct proto_command *command, size_t nr, struct proto_ack *ack)
 {
@@ -88,8 +87,7 @@ static void *agent(void *arg)
 	return NULL;
 }
 
-/* ---- the process: shaking hands ---------------------------------------------------------------
- */
+/* ---- the process: shaking hands ------------------------------------------------------------ */
 
 static int dial(const char *path)
 {
@@ -179,8 +177,7 @@ static long request(uint32_t kind, uint64_t addr, uint64_t bytes)
 	return reply.error;
 }
 
-/* ---- the process: using memory ----------------------------------------------------------------
- */
+/* ---- the process: using memory ------------------------------------------------------------- */
 
 static uint64_t pattern(size_t i, uint64_t seed)
 {
@@ -387,8 +384,7 @@ int borrower_main(const char *name)
 	_exit(0);
 }
 
-/* ---- the test's side --------------------------------------------------------------------------
- */
+/* ---- the test's side ----------------------------------------------------------------------- */
 
 static void broken(const char *what)
 {

@@ -131,8 +131,7 @@ static void refused(struct ctg_client *client, json_t *request, int err, const c
 	json_decref(answer);
 }
 
-/* ---- questions --------------------------------------------------------------------------------
- */
+/* ---- questions ----------------------------------------------------------------------------- */
 
 static void test_stat(void **state)
 {
@@ -198,8 +197,7 @@ static void test_map(void **state)
 	ctg_client_close(client);
 }
 
-/* ---- leases -----------------------------------------------------------------------------------
- */
+/* ---- leases -------------------------------------------------------------------------------- */
 
 static void test_lease(void **state)
 {
@@ -340,8 +338,7 @@ static void test_many_blocks(void **state)
 	ctg_client_close(client);
 }
 
-/* ---- what is taken ----------------------------------------------------------------------------
- */
+/* ---- what is taken ------------------------------------------------------------------------- */
 
 /* The buffer as the taker sees it is the memory that the region says it is. */
 static void test_descriptor(void **state)
@@ -436,8 +433,7 @@ static void test_align(void **state)
 	ctg_client_close(client);
 }
 
-/* ---- failures ---------------------------------------------------------------------------------
- */
+/* ---- failures ------------------------------------------------------------------------------ */
 
 static void test_refusals(void **state)
 {
@@ -492,8 +488,7 @@ static void test_garbage(void **state)
 	ctg_client_close(client);
 }
 
-/* ---- several at once --------------------------------------------------------------------------
- */
+/* ---- several at once ----------------------------------------------------------------------- */
 
 static void *hammer(void *arg)
 {

@@ -48,8 +48,7 @@ static unsigned open_fds(void)
 	return nr;
 }
 
-/* ---- names and sockets ------------------------------------------------------------------------
- */
+/* ---- names and sockets --------------------------------------------------------------------- */
 
 static void test_names(void **state)
 {
@@ -167,8 +166,7 @@ static void test_list(void **state)
 	close(live);
 }
 
-/* ---- checks of messages -----------------------------------------------------------------------
- */
+/* ---- checks of messages -------------------------------------------------------------------- */
 
 static void test_hello(void **state)
 {
@@ -337,8 +335,7 @@ static void test_parse_values(void **state)
 	assert_false(r.hold || r.fast || r.no_zero);
 }
 
-/* ---- the client against false servers ---------------------------------------------------------
- */
+/* ---- the client against false servers ------------------------------------------------------ */
 
 /* What the false server sends once it has been asked. */
 struct lie {
