@@ -28,7 +28,6 @@
 
 #define POOL "/sys/kernel/mm/hugepages/hugepages-2048kB/"
 #define HUGETLB_BASE ((ctg_pfn_t)0x100000)
-#define GROW_MAX 16u
 /* Free memory in pieces: a buffer that the area cannot hold is worse than a slow start. */
 #define GROW_MAX_NS UINT64_C(30000000000)
 #define GROW_NS UINT64_C(500000000)
@@ -256,11 +255,11 @@ static int set_grow(
 	return ret;
 }
 
-/* May `step` more pages be looked at? Others keep at least as much as that leaves. */
+/* May `step` more pages be looked at? */
 static bool set_may_grow(const struct huge_set *set, uint32_t step)
 {
 	return set->nr + step <= set->max &&
-	       (pool_free() >= step || posix_meminfo("MemAvailable") / 2 >= step * POSIX_CHUNK);
+	       (pool_free() >= step || posix_meminfo("MemAvailable") / 4 >= step * POSIX_CHUNK);
 }
 
 /* Until when to look for longer runs than there are. */
@@ -460,7 +459,9 @@ static int hugetlb_layout(struct ctg_region *region, struct posix_store *store,
 static int hugetlb_open(struct ctg_region *region, struct posix_store *store, uint32_t want,
 	struct ctg_error *error)
 {
-	struct huge_set set = {.max = want * GROW_MAX};
+	/* Beyond what is needed, others keep as much as is taken for a look. */
+	uint64_t spare = (pool_free() + posix_meminfo("MemAvailable") / POSIX_CHUNK) / 2;
+	struct huge_set set = {.max = spare > want ? (uint32_t)spare : want};
 	int ret = hugetlb_reach(store, want, error);
 
 	if (ret != 0)
@@ -497,7 +498,7 @@ int posix_hugetlb_open(struct ctg_region *region, struct posix_store *store, uin
 	store->map_order = CTG_PAGEBLOCK_ORDER;
 	store->physical = 1;
 	store->physical_why = "verified by /proc/self/pagemap";
-	if (bytes / POSIX_CHUNK > UINT32_MAX / GROW_MAX) {
+	if (bytes / POSIX_CHUNK > UINT32_MAX / 4) {
 		pool_error(error, -CTG_ENOMEM, UINT32_MAX);
 		return -CTG_ENOMEM;
 	}
