@@ -375,6 +375,8 @@ int borrower_main(const char *name)
 	pthread_detach(thread);
 	pthread_barrier_wait(&barrier);
 	shake_hands(path);
+	/* What comes after "exec" is for the next program. */
+	setvbuf(stdin, NULL, _IONBF, 0);
 	printf("0\n");
 	fflush(stdout);
 	while (fgets(line, sizeof(line), stdin) != NULL) {
