@@ -245,7 +245,7 @@ static int store_afford(struct posix_store *store, uint64_t bytes)
 	uint64_t available;
 
 	if (credit < bytes) {
-		available = posix_meminfo("MemAvailable");
+		available = posix_memory_available();
 		if (available < bytes + COPY_RESERVE)
 			return -CTG_ENOMEM;
 		available -= COPY_RESERVE;

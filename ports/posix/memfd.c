@@ -54,7 +54,7 @@ static int populate_piece(void *arg, size_t piece)
 
 static int memfd_fill(struct posix_store *store, uint64_t bytes, struct ctg_error *error)
 {
-	uint64_t available = posix_meminfo("MemAvailable");
+	uint64_t available = posix_memory_available();
 	int ret;
 
 	if (bytes > available) {

@@ -30,57 +30,6 @@ void posix_error(struct ctg_error *error, int code, const char *format, ...)
 	va_end(ap);
 }
 
-uint64_t posix_meminfo(const char *field)
-{
-	char buf[4096], *line;
-	int fd = open("/proc/meminfo", O_RDONLY | O_CLOEXEC);
-	ssize_t n = fd < 0 ? -1 : read(fd, buf, sizeof(buf) - 1);
-	size_t length = strlen(field);
-
-	if (fd >= 0)
-		close(fd);
-	if (n <= 0)
-		return UINT64_MAX;
-	buf[n] = '\0';
-	for (line = buf; line != NULL; line = strchr(line, '\n')) {
-		line += *line == '\n';
-		if (strncmp(line, field, length) == 0 && line[length] == ':')
-			return strtoull(line + length + 1, NULL, 10) * 1024;
-	}
-	return UINT64_MAX;
-}
-
-uint64_t posix_read_number(const char *path)
-{
-	char buf[32], *end;
-	int fd = open(path, O_RDONLY | O_CLOEXEC);
-	ssize_t n = fd < 0 ? -1 : read(fd, buf, sizeof(buf) - 1);
-	uint64_t value;
-
-	if (fd >= 0)
-		close(fd);
-	if (n <= 0)
-		return UINT64_MAX;
-	buf[n] = '\0';
-	value = strtoull(buf, &end, 10);
-	return end == buf ? UINT64_MAX : value;
-}
-
-int posix_write_number(const char *path, uint64_t value)
-{
-	char buf[32];
-	int fd = open(path, O_WRONLY | O_CLOEXEC),
-	    n = snprintf(buf, sizeof(buf), "%" PRIu64, value);
-	int ret = 0;
-
-	if (fd < 0)
-		return -errno;
-	if (write(fd, buf, (size_t)n) != n)
-		ret = -errno;
-	close(fd);
-	return ret;
-}
-
 unsigned char *posix_reserve(uint64_t bytes)
 {
 	unsigned char *p, *aligned;

@@ -6,6 +6,7 @@
  *   region.c   opens and closes; what is asked about a region
  *   memfd.c, hugetlb.c, file.c   stores; shmem.c: the files behind the first
  *   copy.c     contents: copy, zero, discard
+ *   memory.c   how much there is
  *   host.c     the hooks that have nothing to do with memory: wait, wake, time, metadata
  *   port.c     mappings: tlb_restrict, tlb_install
  *   guard.c    keeping writers out, by uffd.c or stop.c
@@ -125,8 +126,12 @@ static inline void *posix_store_address(const struct posix_store *store, ctg_pfn
 {
 	return store->direct + ((pfn - store->base) << CTG_PAGE_SHIFT);
 }
+/* memory.c */
 /* A field of /proc/meminfo in bytes, UINT64_MAX if it is not there. */
 uint64_t posix_meminfo(const char *field);
+/* Bytes that this process may take before somebody has to be killed: of the machine, and of the
+ * control groups it is in. */
+uint64_t posix_memory_available(void);
 /* The first number in a file, UINT64_MAX if there is none. 0 or negative errno for write. */
 uint64_t posix_read_number(const char *path);
 int posix_write_number(const char *path, uint64_t value);

@@ -22,6 +22,8 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #define MIB ((uint64_t)1 << 20)
@@ -554,6 +556,85 @@ static void test_spill_cannot_grow(void **state)
 	end(&l);
 }
 
+/* A control group of our own with a limit. false: none can be made here. */
+struct group {
+	const char *root, *limit, *used;
+	char path[128];
+};
+
+static bool group_make(struct group *g)
+{
+	static const struct group known[] = {{.root = "/sys/fs/cgroup/memory",
+						     .limit = "memory.limit_in_bytes",
+						     .used = "memory.usage_in_bytes"},
+		{.root = "/sys/fs/cgroup", .limit = "memory.max", .used = "memory.current"}};
+
+	for (size_t i = 0; i < 2; i++) {
+		char file[192];
+
+		*g = known[i];
+		snprintf(g->path, sizeof(g->path), "%s/contig-test-%d", g->root, (int)getpid());
+		if (mkdir(g->path, 0755) != 0)
+			continue;
+		snprintf(file, sizeof(file), "%s/%s", g->path, g->limit);
+		if (posix_write_number(file, 256 * MIB) == 0)
+			return true;
+		rmdir(g->path);
+	}
+	return false;
+}
+
+/* In the group: its limit leaves room for what is displaced, but not for others besides. */
+static int take_in_group(const struct group *g)
+{
+	char file[192];
+	struct ctg_buffer buffer;
+	struct lent l;
+	uint64_t used;
+
+	snprintf(file, sizeof(file), "%s/cgroup.procs", g->path);
+	if (posix_write_number(file, (uint64_t)getpid()) != 0)
+		return 77;
+	l = lend(&(struct ctg_region_config){.bytes = 16 * MIB, .spill_bytes = 16 * MIB}, 16 * MIB);
+	snprintf(file, sizeof(file), "%s/%s", g->path, g->used);
+	used = posix_read_number(file);
+	snprintf(file, sizeof(file), "%s/%s", g->path, g->limit);
+	if (posix_write_number(file, used + 24 * MIB) != 0)
+		return 77;
+	if (ctg_region_alloc(l.region, 8 * MIB, NULL, &buffer) != -CTG_ENOMEM)
+		return 1;
+	assert_as_before(&l);
+	if (posix_write_number(file, used + 128 * MIB) != 0)
+		return 77;
+	if (ctg_region_alloc(l.region, 8 * MIB, NULL, &buffer) != 0)
+		return 2;
+	return 0;
+}
+
+static void test_memory_is_short(void **state)
+{
+	struct group g;
+	int status;
+	pid_t pid;
+
+	(void)state;
+	if (!group_make(&g)) {
+		print_message("skipped: no control group can be made here\n");
+		skip();
+		return;
+	}
+	fflush(NULL);
+	pid = fork();
+	if (pid == 0)
+		_exit(take_in_group(&g));
+	assert_int_equal(waitpid(pid, &status, 0), pid);
+	for (int i = 0; i < 1000 && rmdir(g.path) != 0; i++)
+		sched_yield();
+	if (WIFEXITED(status) && WEXITSTATUS(status) == 77)
+		skip();
+	assert_int_equal(status, 0);
+}
+
 static void test_map_budget(void **state)
 {
 	struct lent l = lend(
@@ -646,6 +727,7 @@ int main(void)
 		cmocka_unit_test(test_no_spill_zone),
 		cmocka_unit_test(test_small_spill_zone),
 		cmocka_unit_test(test_spill_cannot_grow),
+		cmocka_unit_test(test_memory_is_short),
 		cmocka_unit_test(test_map_budget),
 		cmocka_unit_test(test_cancelled_and_late),
 		cmocka_unit_test(test_trace),
