@@ -10,12 +10,18 @@ static bool port_complete(const struct ctg_port *port)
 	       port->tlb_restrict != NULL && port->tlb_install != NULL;
 }
 
+static bool port_in_bounds(const struct ctg_port *port)
+{
+	return port->nr_cpus != 0 && port->nr_cpus <= CTG_MAX_CPUS &&
+	       port->batch_pages % CTG_PAGEBLOCK_FRAMES == 0 &&
+	       port->batch_pages <= CTG_MAX_BATCH_PAGES;
+}
+
 int ctg_create(const struct ctg_port *port, struct ctg **out)
 {
 	struct ctg *ctg;
 
-	if (port == NULL || out == NULL || !port_complete(port) || port->nr_cpus == 0 ||
-		port->nr_cpus > CTG_MAX_CPUS)
+	if (port == NULL || out == NULL || !port_complete(port) || !port_in_bounds(port))
 		return -CTG_EINVAL;
 	ctg = port->meta_alloc(port->host, sizeof(*ctg), 64);
 	if (ctg == NULL)

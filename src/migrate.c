@@ -8,6 +8,11 @@
 /* How long to wait for an obstacle to change before the next look. */
 #define LOOK_AGAIN_NS 1000000u
 
+static unsigned batch_pages(const struct ctg *ctg)
+{
+	return ctg->port.batch_pages != 0 ? ctg->port.batch_pages : CTG_MIGRATE_BATCH_PAGES;
+}
+
 /* ---- looking at frames ------------------------------------------------------------------------
  */
 
@@ -78,8 +83,9 @@ static int survey(struct empty *empty)
 		if (state == CTG_FRAME_USED || state == CTG_FRAME_ANON || state == CTG_FRAME_CONTIG)
 			pages += (uint64_t)1 << ctg_info_order(info);
 	}
-	empty->max_pages =
-		pages < CTG_MIGRATE_BATCH_PAGES ? (unsigned)pages : CTG_MIGRATE_BATCH_PAGES;
+	empty->max_pages = batch_pages(empty->zone->ctg);
+	if (pages < empty->max_pages)
+		empty->max_pages = (unsigned)pages;
 	return 0;
 }
 
@@ -324,7 +330,7 @@ int ctg_migrate_home(struct ctg *ctg, uint64_t budget, uint64_t *moved)
 	zone = first_spill_zone(ctg);
 	if (zone == NULL || !any_spilled(ctg))
 		return 0;
-	home.moves = ctg_moves_alloc(zone, CTG_MIGRATE_BATCH_PAGES, &stats);
+	home.moves = ctg_moves_alloc(zone, batch_pages(ctg), &stats);
 	if (home.moves == NULL)
 		return -CTG_ENOMEM;
 	home.moves->gfp = CTG_GFP_MOVABLE;

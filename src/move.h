@@ -8,10 +8,8 @@
 
 #include "pgtable.h"
 
-/* Pages of one batch: bounds how long a writer waits, and what an early end has to undo. */
-#ifndef CTG_MIGRATE_BATCH_PAGES
+/* Pages of one batch, for a port that does not say. */
 #define CTG_MIGRATE_BATCH_PAGES 1024u
-#endif
 
 enum ctg_move_state {
 	CTG_MOVE_NONE,     /* none of its entries is MOVING */

@@ -45,7 +45,7 @@ struct ctg_zone_config {
  * @port: copied; its host must outlive the machine. All hooks but discard and trace are required.
  * @out: the machine; ctg_destroy frees it.
  * Context: may sleep. Single-threaded.
- * Returns 0, -EINVAL (a hook is missing, nr_cpus out of range) or -ENOMEM.
+ * Returns 0, -EINVAL (a hook is missing, nr_cpus or batch_pages out of range) or -ENOMEM.
  */
 int ctg_create(const struct ctg_port *port, struct ctg **out);
 

@@ -55,6 +55,13 @@ struct ctg_port {
 	unsigned nr_cpus;
 
 	/*
+	 * Pages that a migration moves at a time: more let the port spread a copy better, and make a
+	 * writer wait longer. A multiple of CTG_PAGEBLOCK_FRAMES, at most CTG_MAX_BATCH_PAGES; 0:
+	 * the core's choice.
+	 */
+	unsigned batch_pages;
+
+	/*
 	 * Memory for the core's own structures (page tables, address spaces, areas, batches),
 	 * zeroed, aligned to align (a power of two, at most 4096). NULL when there is none: the
 	 * caller of the core gets -ENOMEM and everything is as before. May sleep. Never called
@@ -121,6 +128,7 @@ struct ctg_port {
 };
 
 #define CTG_MAX_CPUS 64
+#define CTG_MAX_BATCH_PAGES 65536u
 
 #ifdef __cplusplus
 }

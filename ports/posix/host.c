@@ -21,6 +21,12 @@
 #include <time.h>
 #include <unistd.h>
 
+/*
+ * 16 MiB: each batch ends with the copy threads waiting for the slowest of them, and 4 MiB spent a
+ * quarter of the time on that. A writer waits some milliseconds at most.
+ */
+#define POSIX_BATCH_PAGES 4096u
+
 /* Not remembered: a process that has forked would remember its parent's. */
 pid_t posix_gettid(void)
 {
@@ -250,6 +256,7 @@ void posix_host_hooks(struct ctg_port *port)
 	struct ctg_region *region = port->host;
 	long cpus = sysconf(_SC_NPROCESSORS_CONF);
 
+	port->batch_pages = POSIX_BATCH_PAGES;
 	port->nr_cpus = cpus < 1 ? 1 : cpus > CTG_MAX_CPUS ? CTG_MAX_CPUS : (unsigned)cpus;
 	port->meta_alloc = posix_meta_alloc;
 	port->meta_free = posix_meta_free;

@@ -45,6 +45,11 @@ static void create_wants_a_complete_port(void **state)
 	assert_int_equal(ctg_create(&port, &ctg), -CTG_EINVAL);
 	assert_null(ctg);
 	port.nr_cpus = CTG_MAX_CPUS;
+	port.batch_pages = CTG_PAGEBLOCK_FRAMES + 1;
+	assert_int_equal(ctg_create(&port, &ctg), -CTG_EINVAL);
+	port.batch_pages = CTG_MAX_BATCH_PAGES + CTG_PAGEBLOCK_FRAMES;
+	assert_int_equal(ctg_create(&port, &ctg), -CTG_EINVAL);
+	port.batch_pages = CTG_MAX_BATCH_PAGES;
 	port.discard = NULL;
 	port.trace = NULL;
 	assert_int_equal(ctg_create(&port, &ctg), 0);
