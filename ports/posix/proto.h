@@ -91,8 +91,8 @@ struct proto_ack {
 
 /*
  * Control requests: {"do": "stat" | "map" | "alloc" | "release" | "leases", ...}.
- *   stat     {}
- *   map      {}                     adds "blocks" to stat's answer, see server.c
+ *   stat     {"reset_stall": bool}  true: begin the longest stalls anew
+ *   map      {}                     adds "blocks" to the answer of stat
  *   alloc    {"bytes": N, "align": N, "count": N, "order": N, "mode": "normal" | "fast",
  *             "timeout_ns": N, "zero": bool, "hold": bool, "fd": bool}
  *            count > 0: count blocks of 2^order frames instead of one of bytes. hold: released
