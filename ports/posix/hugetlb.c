@@ -28,6 +28,7 @@
 
 #define POOL "/sys/kernel/mm/hugepages/hugepages-2048kB/"
 #define HUGETLB_BASE ((ctg_pfn_t)0x100000)
+#define LOOK_MAX 64u /* times the size of the region */
 /* Free memory in pieces: a buffer that the area cannot hold is worse than a slow start. */
 #define GROW_MAX_NS UINT64_C(30000000000)
 #define GROW_NS UINT64_C(500000000)
@@ -258,7 +259,7 @@ static int set_grow(
 /* May `step` more pages be looked at? */
 static bool set_may_grow(const struct huge_set *set, uint32_t step)
 {
-	return set->nr + step <= set->max &&
+	return step > 0 && set->nr + step <= set->max &&
 	       (pool_free() >= step || posix_meminfo("MemAvailable") / 4 >= step * POSIX_CHUNK);
 }
 
@@ -292,6 +293,7 @@ static int set_collect(
 		if (set_grow(region, store, set, set->nr + step) != 0)
 			break;
 		set_find_runs(set);
+		step = set->nr / 4 < set->max - set->nr ? set->nr / 4 : set->max - set->nr;
 	}
 	return 0;
 }
@@ -459,13 +461,17 @@ static int hugetlb_layout(struct ctg_region *region, struct posix_store *store,
 static int hugetlb_open(struct ctg_region *region, struct posix_store *store, uint32_t want,
 	struct ctg_error *error)
 {
-	/* Beyond what is needed, others keep as much as is taken for a look. */
-	uint64_t spare = (pool_free() + posix_meminfo("MemAvailable") / POSIX_CHUNK) / 2;
-	struct huge_set set = {.max = spare > want ? (uint32_t)spare : want};
+	/* Others keep as much as is taken for a look. */
+	uint64_t look = (pool_free() + posix_meminfo("MemAvailable") / POSIX_CHUNK) / 2;
+	struct huge_set set = {.max = want};
 	int ret = hugetlb_reach(store, want, error);
 
 	if (ret != 0)
 		return ret;
+	if (look > (uint64_t)want * LOOK_MAX)
+		look = (uint64_t)want * LOOK_MAX;
+	if (look > want)
+		set.max = (uint32_t)look;
 	store->fd = memfd_create("contig-region", MFD_CLOEXEC | MFD_HUGETLB | MFD_HUGE_2MB);
 	if (store->fd < 0 || ftruncate(store->fd, (off_t)(set.max * POSIX_CHUNK)) != 0) {
 		ret = -errno;
