@@ -13,7 +13,7 @@
 #define _GNU_SOURCE
 #include "region.h"
 
-#include <string.h>
+#include <errno.h>
 
 bool posix_self_stop_broken(const struct ctg_region *region)
 {
@@ -161,7 +161,7 @@ int posix_space_protect(struct posix_space *space, const struct ctg_vrange *rang
 		ret = posix_uffd_protect(space->uffd, ranges[i].vpn << CTG_PAGE_SHIFT,
 			ranges[i].nr << CTG_PAGE_SHIFT);
 		/* The address space is being torn down: nobody is left who could write. */
-		if (ret == -3)
+		if (ret == -ESRCH)
 			ret = 0;
 		if (ret != 0) {
 			while (i-- > 0)

@@ -88,7 +88,7 @@ struct posix_space {
 	unsigned char *private_chunks; /* bitmap: 2 MiB chunks of the window that hold ordinary
 					  memory of the process; the port leaves them alone */
 	uint64_t nr_maps;    /* estimate of mappings in use, never too low */
-	uint64_t stall_max_ns; /* longest time writers were kept out, since posix_space_stall_reset */
+	uint64_t stall_max_ns; /* longest time writers were kept out; posix_space_stall resets it */
 	bool stopped;     /* POSIX_GUARD_STOP: its threads are stopped now */
 	unsigned guarded; /* POSIX_GUARD_STOP: posix_guard_protect without its release */
 	/* Threads whose tlb_install has failed and is called again, and may not fail then; 0: free */
