@@ -416,6 +416,95 @@ CASES(streams)
 CASES(randoms)
 CASES(churn)
 
+/* ---- a stop that is broken ------------------------------------------------------------------ */
+
+/*
+ * Under POSIX_GUARD_STOP a mover that has to wait for a lock lets the others go on, because one of
+ * them may hold it. Here every batch has to, before its copy or after it.
+ */
+static struct {
+	int (*copy)(void *host, const struct ctg_copy_run *runs, size_t nr);
+	struct fixture *f;
+	const struct counter *counter;
+	bool before, after;
+	unsigned calls, refused;
+} broken;
+
+/* Wait as for a lock, until the writer has been seen to write. */
+static void wait_for_writer(const struct ctg_port *port)
+{
+	uint64_t end = posix_now(NULL) + UINT64_C(5000000000);
+	struct ctg_word32 word = {1};
+	const uint64_t *words = (const uint64_t *)broken.f->heap;
+	uint64_t first = __atomic_load_n(&words[0], __ATOMIC_RELAXED);
+
+	while (__atomic_load_n(&words[0], __ATOMIC_RELAXED) == first) {
+		require(posix_now(NULL) < end);
+		port->wait(port->host, &word, 1, posix_now(NULL) + 1000000, false);
+	}
+}
+
+static int broken_copy(void *host, const struct ctg_copy_run *runs, size_t nr)
+{
+	const struct ctg_port *port = ctg_port_of(ctg_region_machine(broken.f->region));
+	int ret;
+
+	broken.calls++;
+	if (broken.before)
+		wait_for_writer(port);
+	ret = broken.copy(host, runs, nr);
+	broken.refused += ret != 0;
+	if (broken.after)
+		wait_for_writer(port);
+	return ret;
+}
+
+static void break_stop(bool before, bool after)
+{
+	struct fixture f = {0};
+	struct counter counter = {.f = &f};
+	struct ctg_port *port;
+	struct ctg_buffer buffer;
+	pthread_t thread;
+
+	if (!open_region(&f, NULL, true)) {
+		skip();
+		return;
+	}
+	port = (struct ctg_port *)(uintptr_t)ctg_port_of(ctg_region_machine(f.region));
+	broken.copy = port->copy;
+	broken.f = &f;
+	broken.before = before;
+	broken.after = after;
+	broken.calls = broken.refused = 0;
+	port->copy = broken_copy;
+	assert_int_equal(pthread_create(&thread, NULL, count_main, &counter), 0);
+	assert_true(ctg_region_alloc(f.region, TAKE, NULL, &buffer) < 0);
+	assert_true(broken.calls > 0);
+	assert_int_equal(broken.refused, before ? broken.calls : 0);
+	/* Without the waiting it works. */
+	broken.before = broken.after = false;
+	take_once(&f);
+	__atomic_store_n(&f.stop, 1, __ATOMIC_RELEASE);
+	pthread_join(thread, NULL);
+	for (uint64_t i = 0; i < HEAP / 8; i += STRIDE)
+		assert_int_equal(((uint64_t *)f.heap)[i], counter.laps);
+	assert_int_equal(f.takes, 1);
+	close_region(&f);
+}
+
+static void test_stop_is_broken_before_the_copy(void **state)
+{
+	(void)state;
+	break_stop(true, false);
+}
+
+static void test_stop_is_broken_after_the_copy(void **state)
+{
+	(void)state;
+	break_stop(false, true);
+}
+
 /* ---- the calls themselves ---------------------------------------------------------------- */
 
 static void test_bad_calls(void **state)
@@ -579,6 +668,8 @@ int main(void)
 		TESTS(streams),
 		TESTS(randoms),
 		TESTS(churn),
+		cmocka_unit_test(test_stop_is_broken_before_the_copy),
+		cmocka_unit_test(test_stop_is_broken_after_the_copy),
 		cmocka_unit_test(test_bad_calls),
 		cmocka_unit_test(test_report_in_lent_memory),
 		cmocka_unit_test(test_addresses_are_reused),

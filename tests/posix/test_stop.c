@@ -131,6 +131,7 @@ static void victim_main(bool churn)
 	pthread_t thread;
 
 	signal(SIGUSR1, on_signal);
+	signal(SIGRTMIN, on_signal);
 	for (int i = 0; i < 2; i++)
 		pthread_create(&thread, NULL, count_main, &shown->count[i]);
 	pthread_create(&thread, NULL, read_main, NULL);
@@ -304,6 +305,42 @@ static void test_signals_arrive_afterwards(void **state)
 		assert_true(eventually(&shown->signals, seen));
 	}
 	assert_true(shown->signals > 50 && shown->signals <= sent);
+	end(pid);
+}
+
+static void *signal_main(void *arg)
+{
+	const pid_t *pid = arg;
+	uint64_t sent = 0;
+
+	while (__atomic_load_n(&shown->quit, __ATOMIC_ACQUIRE) == 0) {
+		/* Queued, so each is delivered; refused when the queue is full. */
+		if (sigqueue(*pid, SIGRTMIN, (union sigval){0}) == 0)
+			sent++;
+		if (sent > __atomic_load_n(&shown->signals, __ATOMIC_ACQUIRE) + 500)
+			sched_yield();
+	}
+	return (void *)(uintptr_t)sent;
+}
+
+/* A signal on its way when a thread stops is delivered when it goes on: none is lost. */
+static void test_no_signal_is_lost(void **state)
+{
+	pid_t pid = victim(false);
+	pthread_t thread;
+	void *sent;
+
+	(void)state;
+	assert_int_equal(pthread_create(&thread, NULL, signal_main, &pid), 0);
+	for (int i = 0; i < 1000; i++) {
+		assert_int_equal(posix_stopper_stop(stopper, pid, nobody), 0);
+		posix_stopper_resume(stopper, pid);
+	}
+	__atomic_store_n(&shown->quit, 1, __ATOMIC_RELEASE);
+	pthread_join(thread, &sent);
+	assert_true((uintptr_t)sent > 1000);
+	assert_true(eventually(&shown->signals, (uintptr_t)sent - 1));
+	assert_int_equal(shown->signals, (uintptr_t)sent);
 	end(pid);
 }
 
@@ -525,6 +562,7 @@ int main(void)
 		cmocka_unit_test(test_kept_threads_go_on),
 		cmocka_unit_test(test_threads_come_and_go),
 		cmocka_unit_test(test_signals_arrive_afterwards),
+		cmocka_unit_test(test_no_signal_is_lost),
 		cmocka_unit_test(test_stopped_by_a_signal_before),
 		cmocka_unit_test(test_stopped_by_a_signal_meanwhile),
 		cmocka_unit_test(test_killed_while_stopped),
