@@ -324,13 +324,18 @@ int agent_wire_call(uint32_t kind, uintptr_t addr, size_t bytes, uint64_t *done)
 static void agent_serve_mail(void)
 {
 	l->reply = (struct proto_reply){0};
-	if (l->request.kind == LINK_RESCUE)
+	if (l->request.kind == LINK_RESCUE) {
+		int ret;
+
 		/* The lock is held by whoever waits for this. */
-		while (window_rescue_one() == 0)
-			;
-	else
+		do {
+			ret = window_rescue_one();
+		} while (ret == 0);
+		l->reply.error = ret < 0 ? ret : 0;
+	} else {
 		l->reply.error = agent_wire_call(
 			l->request.kind, l->request.addr, l->request.bytes, &l->reply.done);
+	}
 	__atomic_store_n(&l->mail, MAIL_DONE, __ATOMIC_RELEASE);
 	raw_futex_wake(&l->mail, 1);
 }

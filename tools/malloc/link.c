@@ -116,10 +116,11 @@ int link_call(uint32_t kind, uintptr_t addr, size_t bytes, uint64_t *done)
 	return ret;
 }
 
-void link_rescue(void)
+int link_rescue(void)
 {
-	if (__atomic_load_n(&link_to_server.shook_hands, __ATOMIC_ACQUIRE))
-		link_post(LINK_RESCUE, 0, 0);
+	if (!__atomic_load_n(&link_to_server.shook_hands, __ATOMIC_ACQUIRE))
+		return -EPERM;
+	return link_post(LINK_RESCUE, 0, 0);
 }
 
 void link_lend_in(uint64_t delay_ns)

@@ -68,8 +68,9 @@ bool link_connect(void);
  * 0 or a negative errno; -ENOTCONN: there is no server (any more). */
 int link_call(uint32_t kind, uintptr_t addr, size_t bytes, uint64_t *done);
 
-/* With the lock held, not by an agent, and the server gone: make all that is lent private. */
-void link_rescue(void);
+/* With the lock held, not by an agent, and the server gone: make all that is lent private. 0, or
+ * -EBUSY: the kernel has not taken the server's userfaultfd down yet; -EPERM: it cannot be done. */
+int link_rescue(void);
 
 /* Private chunks are to be lent in the background, in delay_ns. Lock-free. */
 void link_lend_in(uint64_t delay_ns);

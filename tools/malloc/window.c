@@ -392,15 +392,16 @@ void window_before_fork(void)
 
 	if (!window.base || window.nr_lent == 0)
 		return;
-	if (!link_connect()) {
-		link_rescue();
-		return;
-	}
 	/* Nothing tells when a migration or a debugger lets go of the process: look again. */
 	for (unsigned i = 0; i < FORK_TRIES && ret == -EBUSY; i++) {
 		if (i != 0)
 			raw2(SYS_nanosleep, (long)&pause, 0);
-		ret = window_privatise(window.base, window.bytes, false);
+		ret = -ENOTCONN;
+		if (link_connect())
+			ret = window_privatise(window.base, window.bytes, false);
+		/* It may have been found gone only now; -EBUSY until its userfaultfd is, too. */
+		if (ret == -ENOTCONN)
+			ret = link_rescue();
 	}
 	if (ret != 0)
 		link_say("contig: lent memory could not be made ready for a fork\n");
