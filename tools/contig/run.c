@@ -64,7 +64,7 @@ static int size_option(const char *option, const char *text, uint64_t *bytes)
 }
 
 /* Where the preload library is, seen from this executable: in a build tree, installed. */
-static const char *const library_places[] = {"../malloc", "../" CONTIG_LIBDIR, CONTIG_LIBDIR};
+static const char *const library_places[] = {"../malloc", ("../" CONTIG_LIBDIR), CONTIG_LIBDIR};
 
 static int find_library(char path[PATH_MAX])
 {
