@@ -69,6 +69,7 @@
 		return __atomic_exchange_n(&w->v, v, __ATOMIC_ACQ_REL);                            \
 	}
 
+CTG_DEFINE_ATOMICS(16, struct ctg_word16)
 CTG_DEFINE_ATOMICS(32, struct ctg_word32)
 CTG_DEFINE_ATOMICS(64, struct ctg_word64)
 

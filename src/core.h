@@ -115,7 +115,13 @@ struct ctg_frame {
 	};
 	uint64_t index; /* ANON: vpn at which the head is mapped, in every space of the family */
 	struct ctg_word32 info;
-	uint32_t spare;
+	/*
+	 * Whose account the pins of an ANON frame are on, written by whoever holds a verified pin (all
+	 * pins of one frame are one mm's, so racing writers agree); and which group it is charged
+	 * to, 0: none, written by the holder of its only count.
+	 */
+	struct ctg_word16 pin_account;
+	uint16_t group;
 };
 _Static_assert(sizeof(struct ctg_frame) == CTG_FRAME_METADATA_BYTES, "metadata of a frame");
 

@@ -25,12 +25,19 @@
 
 #define CTG_PTE_PRESENT ((uint64_t)1 << 0)
 #define CTG_PTE_READ ((uint64_t)1 << 1)
-#define CTG_PTE_WRITE ((uint64_t)1 << 2) /* the right to write; in force unless MOVING */
+#define CTG_PTE_WRITE ((uint64_t)1 << 2) /* the right to write; in force unless MOVING or COW */
 #define CTG_PTE_TABLE ((uint64_t)1 << 3)
 #define CTG_PTE_RESERVED ((uint64_t)1 << 4)
 #define CTG_PTE_YOUNG ((uint64_t)1 << 5)
 #define CTG_PTE_DIRTY ((uint64_t)1 << 6)
 #define CTG_PTE_MOVING ((uint64_t)1 << 7)
+/*
+ * The frame may be shared copy-on-write with other spaces of the family. An anonymous entry WITHOUT it
+ * is exclusive to its mm: no other entry of another mm says the same frame.
+ */
+#define CTG_PTE_COW ((uint64_t)1 << 8)
+/* The frame belongs to a shared object: written by all, never copied. */
+#define CTG_PTE_SHARED ((uint64_t)1 << 9)
 #define CTG_PTE_RIGHTS (CTG_PTE_READ | CTG_PTE_WRITE)
 #define CTG_PTE_PFN_SHIFT 12
 

@@ -31,6 +31,9 @@ struct ctg_mm_config {
 	 * every address and length must then be a multiple of it.
 	 */
 	unsigned map_order;
+	/* Largest order to map: 0 for CTG_PAGEBLOCK_ORDER, or CTG_MAX_ORDER (frames of 1 GiB). */
+	unsigned max_order;
+	struct ctg_group *group; /* charged for its frames (group.h); NULL: nobody is */
 };
 
 /* What is at an address now; see ctg_mm_lookup. */
@@ -49,6 +52,18 @@ struct ctg_mapping {
  * Returns 0, -EINVAL (map_order, gfp), -ENOMEM.
  */
 int ctg_mm_create(struct ctg *ctg, const struct ctg_mm_config *config, struct ctg_mm **out);
+
+/*
+ * Fork: a new space of the parent's family with the same mappings. Anonymous frames are shared
+ * copy-on-write; a frame that is pinned is copied now, after no CPU can write it any more, and the
+ * parent keeps the original. New frames are charged to the child's group.
+ * @config: of the child: owner, group; gfp, map_order and max_order are the parent's.
+ * Context: may sleep; takes the parent's lock.
+ * Returns 0; -ENOMEM; -ENOSPC: the child's group is at its limit; -EOVERFLOW: a frame is mapped too
+ * often; what the port's copy returned. On failure there is no child and the parent is as before.
+ */
+int ctg_mm_fork(
+	struct ctg_mm *parent, const struct ctg_mm_config *config, struct ctg_mm **child);
 
 /*
  * Unmap everything, flush what is batched, free the address space. The port is told nothing about
