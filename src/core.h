@@ -188,6 +188,8 @@ struct ctg {
 	struct ctg_batch *batches;    /* unmap.c: every address space's batch */
 	struct ctg_lock anons_lock;   /* a leaf: taken for a moment, nothing inside */
 	struct ctg_anon *anons;       /* rmap.c: families, in use or not */
+	struct ctg_lock groups_lock;  /* a leaf */
+	struct ctg_group *groups[CTG_MAX_GROUPS]; /* by index - 1; NULL: not in use */
 	/*
 	 * Sleepers on frames, by a hash of the pfn: a word that the waker raises. A sleeper sets
 	 * WAITERS in the frame's word, so that the one who leaves knows; see ctg_frame_wait.
@@ -227,6 +229,19 @@ int ctg_zone_lend(struct ctg_zone *zone, ctg_pfn_t pfn, uint64_t nr, enum ctg_mi
 void ctg_cma_destroy_all(struct ctg *ctg);
 /* rmap.c: likewise, every family */
 void ctg_anons_destroy(struct ctg *ctg);
+
+/*
+ * group.c. A NULL group, or index 0, is nobody's: charged without end. Charge before the frames are
+ * allocated; a frame then says whom (frame->group of the head) until ctg_frame_free uncharges it.
+ */
+int ctg_group_charge(struct ctg_group *group, uint64_t nr); /* 0 or -ENOSPC */
+void ctg_group_uncharge(struct ctg_group *group, uint64_t nr);
+uint16_t ctg_group_index(const struct ctg_group *group);
+void ctg_group_uncharge_index(struct ctg *ctg, uint16_t index, uint64_t nr);
+void ctg_group_join(struct ctg_group *group); /* an address space of it begins */
+void ctg_group_leave(struct ctg_group *group);
+struct ctg *ctg_group_machine(const struct ctg_group *group);
+void ctg_groups_destroy(struct ctg *ctg);
 
 /* buddy.c: all of these take zone->lock themselves. A block is [pfn, pfn + 2^order), aligned. */
 /* Largest block of order max..min that suits gfp out of one zone; its head is USED, word 0. */
@@ -279,7 +294,7 @@ int ctg_alloc_run(struct ctg *ctg, unsigned max_order, unsigned min_order, unsig
 void ctg_split_used(struct ctg *ctg, ctg_pfn_t pfn, unsigned order);
 /*
  * Give back a block whose last count the caller has just dropped (its word has no counts left):
- * wakes waiters, clears the word, discards if the zone says so, frees.
+ * wakes waiters, clears the word, discards if the zone says so, frees, uncharges.
  */
 void ctg_frame_free(struct ctg *ctg, ctg_pfn_t pfn);
 /*

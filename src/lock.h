@@ -19,6 +19,7 @@
  *   mm->spare_lock  the tables that are not in the tree; a leaf
  *   pcp->lock       one CPU's cached frames of one zone; held across discard
  *   ctg->anons_lock the list of families
+ *   ctg->groups_lock the table of groups; a leaf
  *   zone->lock      free lists, pageblocks and their summaries. No hook is called under it but
  *                   trace
  *

@@ -33,6 +33,7 @@ void ctg_destroy(struct ctg *ctg)
 		return;
 	ctg_cma_destroy_all(ctg);
 	ctg_anons_destroy(ctg);
+	ctg_groups_destroy(ctg);
 	port = ctg->port;
 	for (unsigned i = 0; i < ctg->nr_zones; i++)
 		port.meta_free(port.host, ctg->zones[i], sizeof(*ctg->zones[i]));

@@ -16,24 +16,29 @@ static bool prot_valid(unsigned prot)
 	return (prot & ~(unsigned)(CTG_PROT_READ | CTG_PROT_WRITE)) == 0;
 }
 
-static bool config_valid(const struct ctg_mm_config *config)
+static bool config_valid(const struct ctg *ctg, const struct ctg_mm_config *config)
 {
 	const unsigned only = CTG_GFP_NO_CMA | CTG_GFP_NO_ORDINARY;
 
 	if ((config->gfp & ~(only | CTG_GFP_SPILL)) != 0 || (config->gfp & only) == only)
 		return false;
+	if (config->group != NULL && ctg_group_machine(config->group) != ctg)
+		return false;
+	if (config->max_order != 0 && config->max_order != CTG_PAGEBLOCK_ORDER &&
+		config->max_order != CTG_MAX_ORDER)
+		return false;
 	return config->map_order == 0 || config->map_order == CTG_PAGEBLOCK_ORDER;
 }
 
-int ctg_mm_create(struct ctg *ctg, const struct ctg_mm_config *config, struct ctg_mm **out)
+int ctg_mm_make(struct ctg *ctg, const struct ctg_mm_config *config, struct ctg_mm *relative,
+	struct ctg_mm **out)
 {
-	const struct ctg_port *port;
+	const struct ctg_port *port = &ctg->port;
 	struct ctg_mm *mm;
 	int ret;
 
-	if (ctg == NULL || config == NULL || out == NULL || !config_valid(config))
+	if (!config_valid(ctg, config))
 		return -CTG_EINVAL;
-	port = &ctg->port;
 	mm = port->meta_alloc(port->host, sizeof(*mm), _Alignof(struct ctg_mm));
 	if (mm == NULL)
 		return -CTG_ENOMEM;
@@ -42,9 +47,10 @@ int ctg_mm_create(struct ctg *ctg, const struct ctg_mm_config *config, struct ct
 	ret = ctg_pt_init(mm);
 	if (ret != 0)
 		goto free_mm;
-	ret = ctg_anon_join(mm, NULL);
+	ret = ctg_anon_join(mm, relative);
 	if (ret != 0)
 		goto free_tables;
+	ctg_group_join(config->group);
 	ctg_batch_init(mm);
 	*out = mm;
 	return 0;
@@ -54,6 +60,13 @@ free_tables:
 free_mm:
 	port->meta_free(port->host, mm, sizeof(*mm));
 	return ret;
+}
+
+int ctg_mm_create(struct ctg *ctg, const struct ctg_mm_config *config, struct ctg_mm **out)
+{
+	if (ctg == NULL || config == NULL || out == NULL)
+		return -CTG_EINVAL;
+	return ctg_mm_make(ctg, config, NULL, out);
 }
 
 void ctg_mm_destroy(struct ctg_mm *mm, bool dead)
@@ -74,6 +87,7 @@ void ctg_mm_destroy(struct ctg_mm *mm, bool dead)
 	/* A walk of the family may be looking at the tables until this returns. */
 	ctg_anon_leave(mm);
 	ctg_pt_destroy(mm);
+	ctg_group_leave(mm->config.group);
 	port->meta_free(port->host, mm, sizeof(*mm));
 }
 
@@ -339,7 +353,7 @@ int ctg_mprotect(struct ctg_mm *mm, ctg_vpn_t vpn, uint64_t nr, unsigned prot)
 /* ---- what is there --------------------------------------------------------------------------- */
 
 /* The bits of an entry in which the pages of a run agree. */
-#define ALIKE (CTG_PTE_PRESENT | CTG_PTE_RESERVED | CTG_PTE_RIGHTS | CTG_PTE_MOVING)
+#define ALIKE (CTG_PTE_PRESENT | CTG_PTE_RESERVED | CTG_PTE_RIGHTS | CTG_PTE_MOVING | CTG_PTE_COW)
 
 /* The frame of vpn, if the entry that governs it is PRESENT. */
 static ctg_pfn_t page_pfn(uint64_t entry, ctg_vpn_t vpn, unsigned level)
@@ -365,7 +379,7 @@ int ctg_mm_lookup(struct ctg_mm *mm, ctg_vpn_t vpn, uint64_t max_nr, struct ctg_
 		out->pfn = page_pfn(first, vpn, level);
 		if ((first & CTG_PTE_READ) != 0)
 			out->prot |= CTG_PROT_READ;
-		if ((first & CTG_PTE_WRITE) != 0 && !out->moving)
+		if ((first & CTG_PTE_WRITE) != 0 && (first & CTG_PTE_COW) == 0 && !out->moving)
 			out->prot |= CTG_PROT_WRITE;
 	}
 	for (next = next_slot(vpn, end, level); next < end; next = next_slot(next, end, level)) {

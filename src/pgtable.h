@@ -8,11 +8,13 @@
  *   EMPTY     0                                   nothing may be here
  *   TABLE     TABLE | pointer                     levels above 0
  *   RESERVED  RESERVED | rights                   no frame yet; at level 1 or 2 for a whole slot
- *   PRESENT   PRESENT | rights | state | pfn      level 0: one page; level 1: a frame of order 9
+ *   PRESENT   PRESENT | rights | state | pfn      level 0: one page; level 1: a frame of order 9, or
+ *                                                 512 of the pages of one of order 18; level 2: a
+ *                                                 frame of order 18
  *
  * An entry changes only under its table's lock, except that YOUNG and DIRTY are set by an atomic
- * without it. It is read without a lock. MOVING is set by migration on a PRESENT entry: reads go on, writes
- * fault and wait on mm->moved.
+ * without it. It is read without a lock. MOVING is set by migration on a PRESENT entry: reads go on,
+ * writes fault and wait on mm->moved. COW: reads go on, writes fault and get a frame of their own.
  *
  * Tables are never freed before their mm, so a reader without a lock never touches freed memory.
  * But munmap may take an empty table out of the tree and use it elsewhere, so whoever locks a table
@@ -98,7 +100,7 @@ struct ctg_batch {
 		ctg_vpn_t vpn;
 		ctg_pfn_t pfn;
 		uint64_t nr;    /* pages */
-		bool large;     /* one entry (and one count) for all of them */
+		bool large;     /* one entry (and one count) for all of them, else one a page */
 	} run[CTG_BATCH_RUNS];
 	struct ctg_batch *next, **link; /* ctg->batches, under ctg->batches_lock */
 };
@@ -175,7 +177,7 @@ void ctg_pte_set_table(struct ctg_mm *mm, struct ctg_pte_ref *ref, struct ctg_ta
 /*
  * Make sure that the entry governing vpn is at `level` or below and that its neighbours outside are
  * unaffected: splits EMPTY, RESERVED and PRESENT large entries above it. Splitting a PRESENT entry
- * of order 9 adds 511 mappings to its frame; pieces of a MOVING one are MOVING. mm->lock held.
+ * adds 511 mappings to its frame; pieces of a MOVING one are MOVING. mm->lock held.
  * 0, -ENOMEM, -EOVERFLOW.
  */
 int ctg_pte_split_to(struct ctg_mm *mm, ctg_vpn_t vpn, unsigned level);
@@ -191,6 +193,9 @@ void ctg_pt_destroy(struct ctg_mm *mm);
 void ctg_pte_mark(struct ctg_mm *mm, ctg_vpn_t vpn, bool dirty);
 
 /* mm.c */
+/* ctg_mm_create, into the family of a relative if that is not NULL. */
+int ctg_mm_make(struct ctg *ctg, const struct ctg_mm_config *config, struct ctg_mm *relative,
+	struct ctg_mm **out);
 /* Not empty, in bounds, aligned to what the mm maps. */
 bool ctg_mm_range_valid(const struct ctg_mm *mm, ctg_vpn_t vpn, uint64_t nr);
 /* Change the rights of what is mapped, PRESENT or RESERVED: the table only. mm->lock held; no entry
@@ -200,6 +205,12 @@ void ctg_mm_set_rights(struct ctg_mm *mm, ctg_vpn_t vpn, ctg_vpn_t end, uint64_t
 /* unmap.c */
 void ctg_batch_init(struct ctg_mm *mm);   /* and into ctg->batches */
 void ctg_batch_destroy(struct ctg_mm *mm); /* flushed; out of ctg->batches */
+/*
+ * Add the mapping of one entry that is about to be cleared or to say another frame, in its table's
+ * lock and batch->lock. false: the batch is full.
+ */
+bool ctg_batch_add(
+	struct ctg_batch *batch, ctg_vpn_t vpn, ctg_pfn_t pfn, uint64_t nr, bool large);
 void ctg_batch_flush(struct ctg_batch *batch, bool helping);
 /*
  * Clear the entries of [vpn, vpn + nr) (leaving RESERVED with the same rights if `reserve`), give
@@ -207,6 +218,31 @@ void ctg_batch_flush(struct ctg_batch *batch, bool helping);
  * mm->lock held.
  */
 void ctg_unmap_range(struct ctg_mm *mm, ctg_vpn_t vpn, uint64_t nr, bool reserve);
+
+/* anon.c */
+/*
+ * Frames for the mm, as ctg_alloc_run with what its config adds, charged to its group: fewer where
+ * the group's limit or memory forbid the most. Each block has one plain reference, on its head; a
+ * ctg_frame_put of it uncharges too. -ENOSPC: the group. No table is locked.
+ */
+int ctg_anon_alloc(struct ctg_mm *mm, unsigned max_order, unsigned min_order, unsigned gfp,
+	ctg_pfn_t *pfn, unsigned *order);
+/* ctg_split_used for such frames. */
+void ctg_anon_split(struct ctg *ctg, ctg_pfn_t pfn, unsigned order);
+/* Say whose a new frame is: of which family, mapped where. */
+void ctg_anon_own(struct ctg *ctg, struct ctg_anon *anon, ctg_pfn_t pfn, ctg_vpn_t vpn);
+/* Turn the allocation's reference into the mapping that the locked entry is about to be. */
+void ctg_anon_map(struct ctg *ctg, ctg_pfn_t pfn);
+
+/* cow.c */
+/*
+ * Make the page at vpn, which is PRESENT and COW, exclusive to the mm: by a copy, or without one if
+ * nobody else has it; its rights do not matter. The entry is not COW afterwards, and the port knows.
+ * Does nothing for others. mm->lock held (that is how a fork keeps its snapshot); copies under it.
+ * 0; -EAGAIN: it is MOVING, wait as for a fault; -ENOMEM; -ENOSPC: the group; -EOVERFLOW; what the
+ * port's copy or install returned: as before.
+ */
+int ctg_cow_break(struct ctg_mm *mm, ctg_vpn_t vpn);
 
 /* rmap.c */
 int ctg_anon_join(struct ctg_mm *mm, struct ctg_mm *relative); /* relative NULL: a new family */
@@ -217,7 +253,7 @@ void ctg_anons_destroy(struct ctg *ctg);
  * longer mapped. Unlock with ctg_unlock.
  */
 struct ctg_anon *ctg_anon_lock(struct ctg *ctg, ctg_pfn_t pfn);
-/* The head, whose word has the counts, of a frame that the caller knows to stay mapped. */
+/* The head, whose word has the counts, of a frame that the caller knows to stay mapped or held. */
 ctg_pfn_t ctg_frame_head(struct ctg *ctg, ctg_pfn_t pfn);
 
 #endif

@@ -110,17 +110,20 @@ struct ctg_anon *ctg_anon_lock(struct ctg *ctg, ctg_pfn_t pfn)
 }
 
 /*
- * Only frames of order 0 and 9 are mapped. A mapped frame that is inside a larger one has no head's
- * info of its own, and a head is never inside another: the frame's own info decides.
+ * Only frames of order 0, 9 and 18 are mapped. A mapped frame that is inside a larger one has no
+ * head's info of its own, and a head is never inside another: the first info that says ANON
+ * decides.
  */
 ctg_pfn_t ctg_frame_head(struct ctg *ctg, ctg_pfn_t pfn)
 {
-	uint32_t info = ctg_load32_acquire(&ctg_frame_of(ctg, pfn)->info);
 	ctg_pfn_t head = pfn;
 
-	if (ctg_info_state(info) != CTG_FRAME_ANON)
-		head &= ~(CTG_PAGEBLOCK_FRAMES - 1);
-	CTG_ASSERT(ctg_info_state(ctg_load32_acquire(&ctg_frame_of(ctg, head)->info)) ==
-		   CTG_FRAME_ANON);
-	return head;
+	for (unsigned order = 0; order <= CTG_MAX_ORDER; order += CTG_PAGEBLOCK_ORDER) {
+		head &= ~(((uint64_t)1 << order) - 1);
+		if (ctg_info_state(ctg_load32_acquire(&ctg_frame_of(ctg, head)->info)) ==
+			CTG_FRAME_ANON)
+			return head;
+	}
+	CTG_ASSERT(false);
+	return pfn;
 }

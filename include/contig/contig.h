@@ -6,6 +6,7 @@
 #include <contig/types.h>
 #include <contig/port.h>
 #include <contig/machine.h>
+#include <contig/group.h>
 #include <contig/mm.h>
 #include <contig/cma.h>
 #include <contig/stat.h>

@@ -5,6 +5,9 @@
  * A frame is charged once, to the group of the address space that it was allocated for, and to all
  * of its ancestors; it is uncharged when it is freed, whoever had it last. A migration moves the
  * charge along.
+ *
+ * A charge that a limit forbids is refused with -ENOSPC: -ENOMEM is for memory. Where an allocation
+ * of several frames at once would exceed a limit, fewer are tried.
  */
 #ifndef CONTIG_GROUP_H
 #define CONTIG_GROUP_H
@@ -26,7 +29,7 @@ struct ctg_group;
  */
 int ctg_group_create(
 	struct ctg *ctg, struct ctg_group *parent, uint64_t limit, struct ctg_group **out);
-/* -EBUSY: it has children, address spaces, or charged frames. */
+/* 0; -EINVAL (NULL); -EBUSY: it has children, address spaces, or charged frames. */
 int ctg_group_destroy(struct ctg_group *group);
 /* A limit below what is charged stops new charges only. */
 void ctg_group_set_limit(struct ctg_group *group, uint64_t limit);

@@ -49,7 +49,7 @@ struct ctg_mapping {
 /*
  * Make an empty address space, with its own anonymous memory (not shared with any other).
  * Ownership: the caller's, until ctg_mm_destroy. Context: may sleep.
- * Returns 0, -EINVAL (map_order, gfp), -ENOMEM.
+ * Returns 0, -EINVAL (map_order, max_order, gfp, a group of another machine), -ENOMEM.
  */
 int ctg_mm_create(struct ctg *ctg, const struct ctg_mm_config *config, struct ctg_mm **out);
 
@@ -107,8 +107,8 @@ int ctg_mprotect(struct ctg_mm *mm, ctg_vpn_t vpn, uint64_t nr, unsigned prot);
  * and install the mapping. Partial success is kept; a run that the port could not install is
  * RESERVED again, but for pages that have been written to.
  * @nr_present: if not NULL, pages of the range that have a frame at the end.
- * Context: may sleep. Returns 0 when all of the range has frames; -ENOMEM; -EFAULT: part is not
- * mapped; -EINVAL.
+ * Context: may sleep. Returns 0 when all of the range has frames; -ENOMEM; -ENOSPC: the group is at
+ * its limit; -EFAULT: part is not mapped; -EINVAL.
  */
 int ctg_mm_populate(struct ctg_mm *mm, ctg_vpn_t vpn, uint64_t nr, uint64_t *nr_present);
 
