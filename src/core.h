@@ -176,6 +176,18 @@ struct ctg_zone {
 	struct ctg_pcp pcp[CTG_MAX_CPUS];
 };
 
+/* pin.c: accounts of pins, by index, and the ledger of handles. */
+#define CTG_PIN_CHUNK 64u
+#define CTG_PIN_CHUNKS 1024u
+struct ctg_pins {
+	struct ctg_lock lock; /* a leaf; held while the ledger is walked */
+	/* Accounts are never freed before the machine: chunks that exist stay. */
+	struct ctg_pin_account *accounts[CTG_PIN_CHUNKS];
+	uint32_t nr_accounts;  /* indexes that were ever used, the shared one included */
+	uint16_t free_account; /* first of those that are free; 0: none */
+	struct ctg_pin *oldest, *newest;
+};
+
 #define CTG_FRAME_WAITS 64
 struct ctg {
 	struct ctg_port port;
@@ -188,6 +200,7 @@ struct ctg {
 	struct ctg_batch *batches;    /* unmap.c: every address space's batch */
 	struct ctg_lock anons_lock;   /* a leaf: taken for a moment, nothing inside */
 	struct ctg_anon *anons;       /* rmap.c: families, in use or not */
+	struct ctg_pins pins;
 	struct ctg_lock groups_lock;  /* a leaf */
 	struct ctg_group *groups[CTG_MAX_GROUPS]; /* by index - 1; NULL: not in use */
 	/*
@@ -229,6 +242,14 @@ int ctg_zone_lend(struct ctg_zone *zone, ctg_pfn_t pfn, uint64_t nr, enum ctg_mi
 void ctg_cma_destroy_all(struct ctg *ctg);
 /* rmap.c: likewise, every family */
 void ctg_anons_destroy(struct ctg *ctg);
+
+/* pin.c */
+int ctg_pins_init(struct ctg *ctg); /* 0 or -ENOMEM */
+void ctg_pins_destroy(struct ctg *ctg);
+/* The mm ends: its account and its handles live on while there are pins. */
+void ctg_pins_leave(struct ctg_mm *mm);
+/* Say in the report who pins the frame that it names, if the ledger knows. */
+void ctg_pins_name(struct ctg *ctg, struct ctg_alloc_report *report);
 
 /*
  * group.c. A NULL group, or index 0, is nobody's: charged without end. Charge before the frames are
@@ -309,6 +330,9 @@ int ctg_frame_tryget(struct ctg_frame *frame);
 /* Drop one count of a kind (CTG_WORD_MAP1, PIN1, REF1) times nr; frees the frame if it was the
  * last, wakes waiters. */
 void ctg_frame_put(struct ctg *ctg, ctg_pfn_t pfn, uint64_t one, uint32_t nr);
+/* The same for PIN1 or REF1 on the word of a caller who may be wrong: drops at most what is there,
+ * and returns how many that was. */
+uint32_t ctg_frame_put_some(struct ctg *ctg, ctg_pfn_t pfn, uint64_t one, uint32_t nr);
 /* Freeze from exactly `map` mappings and `ref` references and no pin (flags as they may be).
  * true: frozen. false: *seen is the word that stood in the way. */
 bool ctg_frame_freeze(struct ctg_frame *frame, uint32_t map, uint32_t ref, uint64_t *seen);
@@ -350,7 +374,8 @@ struct ctg_migrate_stats {
  * Move every movable frame of [start, start + nr) elsewhere; the range is isolated by the caller,
  * so that nothing new is allocated there and what becomes free stays. Destinations come from
  * gfp (normally MOVABLE | SPILL), never from isolated blocks. A large frame that begins before or
- * ends after the range is moved whole.
+ * ends after the range is moved whole. One of order 18 moves to another such frame, if everybody
+ * maps it by one entry, or not at all: NO_MEMORY or MAP is then the obstacle.
  * rounds: how often to look again at frames that could not be moved (FAST 1, NORMAL some).
  * 0: nothing is left in the way; -EBUSY, -ENOMEM, -ETIMEDOUT, -EINTR otherwise, and *stats names
  * the obstacle. What has moved stays moved: that is invisible to its owners.

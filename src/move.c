@@ -95,15 +95,16 @@ static struct entries entries_of(
 }
 
 /*
- * A large frame is one entry of level 1, or pieces of level 0; a small one is at level 0. Entries
- * of a higher level cannot be PRESENT, and nothing of the family's is below them. The slot may be
- * in other use by now: an entry is ours only if it says our frame.
+ * A large frame is one entry of level 1, or pieces of level 0; a small one is at level 0. A huge
+ * one is one entry of level 2: where it is in pieces these are not looked for, so that it is never
+ * frozen, and stays. The slot may be in other use by now: an entry is ours only if it says our
+ * frame.
  */
 static bool next_in_space(struct entries *e)
 {
 	const struct ctg_pte_ref *slot = &e->mm->slot;
 
-	if (slot->table == NULL || slot->level > 1)
+	if (slot->table == NULL || (slot->level > 1) != e->m->huge)
 		return false;
 	while (e->next < ctg_move_pages(e->m)) {
 		unsigned index = slot->index;
@@ -185,8 +186,8 @@ static void flush_unaccounted(struct ctg_moves *b)
 			continue;
 		if (m->src < low)
 			low = m->src;
-		if (m->src + ctg_move_pages(m) > high)
-			high = m->src + ctg_move_pages(m);
+		if (m->src + ctg_move_frames(m) > high)
+			high = m->src + ctg_move_frames(m);
 	}
 	if (low < high)
 		ctg_batches_flush(b->ctg, low, high - low);
@@ -212,7 +213,11 @@ static void account(struct ctg_moves *b)
 
 /* ---- the port ---------------------------------------------------------------------------- */
 
-/* The pages of one member on which the port holds writers back, or is to do so. */
+/*
+ * The pages of one member on which the port holds writers back, or is to do so. After a fork
+ * several frames are at one address, of different members; ranges overlap where a bit stands for
+ * many.
+ */
 static size_t collect_ranges(struct ctg_moves *b, unsigned member)
 {
 	size_t nr = 0;
@@ -223,10 +228,10 @@ static size_t collect_ranges(struct ctg_moves *b, unsigned member)
 
 		if (!m->restricted || (m->members & ctg_move_member(member)) == 0)
 			continue;
-		if (last != NULL && last->vpn + last->nr == m->vpn)
-			last->nr += ctg_move_pages(m);
-		else
-			b->range[nr++] = (struct ctg_vrange){m->vpn, ctg_move_pages(m)};
+		if (last == NULL || last->vpn + last->nr < m->vpn)
+			b->range[nr++] = (struct ctg_vrange){m->vpn, ctg_move_frames(m)};
+		else if (last->vpn + last->nr < m->vpn + ctg_move_frames(m))
+			last->nr = m->vpn + ctg_move_frames(m) - last->vpn;
 	}
 	return nr;
 }
@@ -271,12 +276,12 @@ static size_t collect_runs(struct ctg_moves *b, enum ctg_move_state state, uint6
 
 			if (dst == CTG_PFN_NONE)
 				continue;
-			++*nr_pages;
+			*nr_pages += ctg_move_step(m);
 			if (last != NULL && last->src + last->nr == src &&
 				last->dst + last->nr == dst)
-				last->nr++;
+				last->nr += ctg_move_step(m);
 			else
-				b->run[nr++] = (struct ctg_copy_run){dst, src, 1};
+				b->run[nr++] = (struct ctg_copy_run){dst, src, ctg_move_step(m)};
 		}
 	}
 	return nr;
@@ -297,25 +302,14 @@ static void copy(struct ctg_moves *b)
 
 /* ---- switch ------------------------------------------------------------------------------ */
 
-/* Say whose a destination is. We hold its only reference, but for a stranger's glance. */
-static void own(struct ctg_moves *b, const struct ctg_move *m, ctg_pfn_t pfn, ctg_vpn_t vpn)
-{
-	struct ctg_frame *frame = ctg_frame_of(b->ctg, pfn);
-	uint32_t info = ctg_load32_relaxed(&frame->info);
-
-	frame->anon = m->anon;
-	frame->index = vpn;
-	ctg_store32_release(
-		&frame->info, CTG_INFO(CTG_FRAME_ANON, ctg_info_order(info), ctg_info_mt(info), 0));
-}
-
+/* Say whose the destinations are. We hold their only references, but for a stranger's glance. */
 static void own_destinations(struct ctg_moves *b, const struct ctg_move *m)
 {
 	for (unsigned page = 0; page < ctg_move_pages(m); page++) {
 		ctg_pfn_t pfn = b->dst[m->first + page];
 
 		if (pfn != CTG_PFN_NONE)
-			own(b, m, pfn, m->vpn + page);
+			ctg_anon_own(b->ctg, m->anon, pfn, m->vpn + page);
 		if (m->large && !m->pieces)
 			break;
 	}
@@ -363,11 +357,22 @@ static void switch_entry(struct ctg_moves *b, const struct ctg_move *m, struct e
 static void switch_one(struct ctg_moves *b, struct ctg_move *m)
 {
 	struct entries e = entries_of(b, m, NULL);
+	bool shared = false;
 
 	m->entries = 0;
 	while (next_entry(&e)) {
-		CTG_ASSERT((e.ref.entry & CTG_PTE_MOVING) != 0);
-		m->entries++;
+		if ((e.ref.entry & CTG_PTE_MOVING) != 0)
+			m->entries++;
+		else
+			shared = true;
+	}
+	if (shared) {
+		/*
+		 * A fork has come in between. Its child, whose entry is not MOVING and whose
+		 * port has not been asked to hold writers back, keeps the frame where it is.
+		 */
+		m->seen = ctg_move_word(b, m);
+		return;
 	}
 	if (m->entries == 0) { /* unmapped meanwhile: it is free when its last holder has gone */
 		m->state = CTG_MOVE_NONE;
@@ -428,8 +433,9 @@ static void thaw(struct ctg_frame *frame, uint64_t counts)
 
 /*
  * The port could not install: point the entries back to the source. Not if they are installed in
- * another address space, where they may have been written to, and not where somebody has pinned
- * the destination.
+ * another address space, where they may have been written to, not where somebody has pinned the
+ * destination, and not those of a child that was forked since: it shares the destination, copy-on-
+ * write, with entries that say the source again, which has the same contents.
  */
 static void put_back_one(struct ctg_moves *b, struct ctg_move *m)
 {
@@ -439,7 +445,8 @@ static void put_back_one(struct ctg_moves *b, struct ctg_move *m)
 	if ((m->members & b->installing) == 0 || (m->members & b->installed) != 0)
 		return;
 	while (next_entry(&e)) {
-		if (!drop_unpinned(counting_frame(b, m, e.page)))
+		if ((m->members & ctg_move_member(e.member)) == 0 ||
+			!drop_unpinned(counting_frame(b, m, e.page)))
 			continue;
 		ctg_pte_set(&e.ref, ctg_pte(m->src + e.page, entry_flags(e.ref.entry)));
 		entries++;
@@ -499,6 +506,33 @@ static void report(struct ctg_moves *b)
 	ctg_count(&b->ctg->counters.frames_migrated, pages);
 }
 
+/*
+ * The charge goes along. A large frame that goes in pieces has given up those that were not mapped
+ * any more. (One that was put back but for pinned pieces stays charged for all of its size, and
+ * they are not.)
+ */
+static void move_charge(struct ctg_moves *b, const struct ctg_move *m)
+{
+	struct ctg_frame *source = ctg_move_source(b, m);
+	uint64_t nr = ctg_move_frames(m);
+	uint16_t group = source->group;
+
+	if (m->state != CTG_MOVE_SWITCHED || group == 0)
+		return;
+	source->group = 0;
+	for (unsigned page = 0; page < ctg_move_pages(m); page++) {
+		ctg_pfn_t pfn = b->dst[m->first + page];
+
+		if (pfn >= CTG_MOVE_WANTED)
+			continue;
+		ctg_frame_of(b->ctg, pfn)->group = group;
+		nr -= m->pieces ? 1 : nr;
+		if (!m->pieces)
+			break;
+	}
+	ctg_group_uncharge_index(b->ctg, group, nr);
+}
+
 /* Free what has moved: in runs, except what somebody waits for. */
 static void free_sources(struct ctg_moves *b)
 {
@@ -520,7 +554,7 @@ static void free_sources(struct ctg_moves *b)
 		}
 		if (run.nr == 0)
 			run.pfn = m->src;
-		run.nr += ctg_move_pages(m);
+		run.nr += ctg_move_frames(m);
 	}
 	if (run.nr != 0)
 		ctg_free_run(b->zone, run.pfn, run.nr, false);
@@ -529,6 +563,8 @@ static void free_sources(struct ctg_moves *b)
 static void let_go(struct ctg_moves *b)
 {
 	report(b);
+	for (unsigned i = b->from; i < b->to; i++)
+		move_charge(b, &b->move[i]);
 	free_sources(b);
 	for (unsigned i = b->from; i < b->to; i++) {
 		struct ctg_move *m = &b->move[i];
@@ -600,4 +636,5 @@ void ctg_moves_run(struct ctg_moves *b)
 	}
 	b->nr = 0;
 	b->nr_pages = 0;
+	b->nr_frames = 0;
 }
