@@ -49,6 +49,7 @@ static void fill_undo(const struct fill *fill)
 	const struct ctg_vrange range = {fill->vpn, fill->nr};
 	ctg_vpn_t vpn = range.vpn, end = range.vpn + range.nr;
 
+	ctg_notify_start(mm, &range, 1, CTG_NOTIFY_UNMAP, true);
 	ctg_mm_set_rights(mm, vpn, end, 0);
 	port->tlb_restrict(port->host, mm, &range, 1, CTG_TLB_INVALIDATE);
 	while (vpn < end) {
@@ -62,6 +63,7 @@ static void fill_undo(const struct fill *fill)
 	ctg_mm_set_rights(mm, range.vpn, end, fill->rights);
 	/* The table is as it was: this call must not fail. */
 	port->tlb_install(port->host, mm, &range, 1);
+	ctg_notify_end(mm);
 	ctg_pte_prune(mm, range.vpn, end);
 }
 

@@ -71,6 +71,7 @@ int ctg_mm_create(struct ctg *ctg, const struct ctg_mm_config *config, struct ct
 
 void ctg_mm_destroy(struct ctg_mm *mm, bool dead)
 {
+	const struct ctg_vrange all = {0, CTG_MM_MAX_VPN};
 	const struct ctg_port *port;
 
 	if (mm == NULL)
@@ -80,12 +81,15 @@ void ctg_mm_destroy(struct ctg_mm *mm, bool dead)
 	ctg_lock(port, &mm->batch.lock);
 	mm->batch.dead = dead;
 	ctg_unlock(port, &mm->batch.lock);
+	ctg_notify_start(mm, &all, 1, CTG_NOTIFY_EXIT, true);
 	ctg_unmap_range(mm, 0, CTG_MM_MAX_VPN, false);
+	ctg_notify_end(mm);
 	ctg_unlock(port, &mm->lock);
 	CTG_ASSERT(ctg_load64_relaxed(&mm->nr_present) == 0);
 	ctg_batch_destroy(mm);
 	/* A walk of the family may be looking at the tables until this returns. */
 	ctg_anon_leave(mm);
+	ctg_notifiers_leave(mm);
 	ctg_pt_destroy(mm);
 	ctg_group_leave(mm->config.group);
 	port->meta_free(port->host, mm, sizeof(*mm));
@@ -207,17 +211,26 @@ int ctg_mmap(struct ctg_mm *mm, ctg_vpn_t vpn, uint64_t nr, unsigned prot)
 	return ret;
 }
 
-static int unmap(struct ctg_mm *mm, ctg_vpn_t vpn, uint64_t nr, bool reserve)
+/* A split that was made for nothing is not seen by who looks pages up. */
+static int unmap(struct ctg_mm *mm, ctg_vpn_t vpn, uint64_t nr, bool reserve, bool blockable)
 {
+	const struct ctg_vrange range = {vpn, nr};
 	ctg_vpn_t end = vpn + nr;
 	int ret;
 
 	if (!ctg_mm_range_valid(mm, vpn, nr))
 		return -CTG_EINVAL;
-	ctg_lock(&mm->ctg->port, &mm->lock);
+	if (blockable)
+		ctg_lock(&mm->ctg->port, &mm->lock);
+	else if (!ctg_trylock(&mm->lock))
+		return -CTG_EAGAIN;
 	ret = split_edges(mm, vpn, end);
 	if (ret == 0)
+		ret = ctg_notify_start(mm, &range, 1, CTG_NOTIFY_UNMAP, blockable);
+	if (ret == 0) {
 		ctg_unmap_range(mm, vpn, nr, reserve);
+		ctg_notify_end(mm);
+	}
 	ctg_pte_prune(mm, vpn, end);
 	ctg_unlock(&mm->ctg->port, &mm->lock);
 	return ret;
@@ -225,12 +238,17 @@ static int unmap(struct ctg_mm *mm, ctg_vpn_t vpn, uint64_t nr, bool reserve)
 
 int ctg_munmap(struct ctg_mm *mm, ctg_vpn_t vpn, uint64_t nr)
 {
-	return unmap(mm, vpn, nr, false);
+	return unmap(mm, vpn, nr, false, true);
 }
 
 int ctg_madvise_dontneed(struct ctg_mm *mm, ctg_vpn_t vpn, uint64_t nr)
 {
-	return unmap(mm, vpn, nr, true);
+	return unmap(mm, vpn, nr, true, true);
+}
+
+int ctg_madvise_dontneed_nonblock(struct ctg_mm *mm, ctg_vpn_t vpn, uint64_t nr)
+{
+	return unmap(mm, vpn, nr, true, false);
 }
 
 /* ---- mprotect -------------------------------------------------------------------------------- */
@@ -294,24 +312,35 @@ void ctg_mm_set_rights(struct ctg_mm *mm, ctg_vpn_t vpn, ctg_vpn_t end, uint64_t
 	}
 }
 
+/* The wider rights may have been looked up meanwhile: taking them back is narrowing. */
+static void protect_undo(struct protect *p)
+{
+	const struct ctg_port *port = &p->mm->ctg->port;
+
+	ctg_notify_start(p->mm, &p->range, 1, CTG_NOTIFY_PROTECT, true);
+	for (size_t i = 0; i < p->nr_old; i++)
+		ctg_mm_set_rights(
+			p->mm, p->old[i].vpn, p->old[i].vpn + p->old[i].nr, p->old[i].rights);
+	port->tlb_install(port->host, p->mm, &p->range, 1);
+	ctg_notify_end(p->mm);
+}
+
 /* mm->lock held. The edges are split and the old rights listed: only the port can fail now. */
 static int protect_apply(struct protect *p)
 {
 	const struct ctg_port *port = &p->mm->ctg->port;
 	int ret;
 
+	if (p->narrows)
+		ctg_notify_start(p->mm, &p->range, 1, CTG_NOTIFY_PROTECT, true);
 	ctg_mm_set_rights(p->mm, p->range.vpn, p->range.vpn + p->range.nr, p->rights);
 	if (p->narrows)
 		port->tlb_restrict(port->host, p->mm, &p->range, 1, CTG_TLB_INVALIDATE);
-	if (!p->widens)
-		return 0;
-	ret = port->tlb_install(port->host, p->mm, &p->range, 1);
-	if (ret == 0)
-		return 0;
-	for (size_t i = 0; i < p->nr_old; i++)
-		ctg_mm_set_rights(
-			p->mm, p->old[i].vpn, p->old[i].vpn + p->old[i].nr, p->old[i].rights);
-	port->tlb_install(port->host, p->mm, &p->range, 1);
+	ret = p->widens ? port->tlb_install(port->host, p->mm, &p->range, 1) : 0;
+	if (p->narrows)
+		ctg_notify_end(p->mm);
+	if (ret != 0)
+		protect_undo(p);
 	return ret;
 }
 

@@ -2,6 +2,7 @@
 /*
  * Moving a batch of frames under the eyes of those who use them.
  *
+ *   tell      those who mirror the pages let go of them
  *   mark      every entry of a source becomes MOVING: writes through it will fault and wait
  *   get       destinations (and tables, for large frames that go in pieces)
  *   restrict  the port makes sure that no write is possible; reads go on
@@ -140,6 +141,60 @@ static bool next_entry(struct entries *e)
 static uint64_t entry_flags(uint64_t entry)
 {
 	return entry & (((uint64_t)1 << CTG_PTE_PFN_SHIFT) - 1);
+}
+
+/* ---- tell -------------------------------------------------------------------------------- */
+
+/*
+ * Does an entry of mm say the frame? Looked up without a lock: entries for a frame that is mapped
+ * do not come into being but by a fork, in a child that nobody can mirror before it is done.
+ */
+static bool space_says(struct ctg_mm *mm, const struct ctg_move *m)
+{
+	ctg_vpn_t vpn = m->vpn, end = m->vpn + ctg_move_frames(m);
+
+	while (vpn < end) {
+		unsigned level;
+		uint64_t entry = ctg_pte_read(mm, vpn, &level);
+
+		if ((entry & CTG_PTE_PRESENT) != 0 &&
+			ctg_pte_pfn(entry) - m->src < ctg_move_frames(m))
+			return true;
+		vpn = (vpn | (ctg_level_pages(level) - 1)) + 1;
+	}
+	return false;
+}
+
+/*
+ * Who has ever been asked to tell is told of the beginning and the end, whatever its pages are: the
+ * family's lock keeps that as it is, and the list of address spaces too.
+ */
+static void notify_start(struct ctg_moves *b)
+{
+	for (struct ctg_mm *mm = b->anon->mms; mm != NULL; mm = mm->family_next) {
+		size_t nr = 0;
+
+		if (mm->notifiers == NULL)
+			continue;
+		for (unsigned i = b->from; i < b->to; i++) {
+			const struct ctg_move *m = &b->move[i];
+			struct ctg_vrange *last = nr != 0 ? &b->range[nr - 1] : NULL;
+
+			if (!space_says(mm, m))
+				continue;
+			if (last == NULL || last->vpn + last->nr < m->vpn)
+				b->range[nr++] = (struct ctg_vrange){m->vpn, ctg_move_frames(m)};
+			else if (last->vpn + last->nr < m->vpn + ctg_move_frames(m))
+				last->nr = m->vpn + ctg_move_frames(m) - last->vpn;
+		}
+		ctg_notify_start(mm, b->range, nr, CTG_NOTIFY_MIGRATE, true);
+	}
+}
+
+static void notify_end(struct ctg_moves *b)
+{
+	for (struct ctg_mm *mm = b->anon->mms; mm != NULL; mm = mm->family_next)
+		ctg_notify_end(mm);
 }
 
 /* ---- mark -------------------------------------------------------------------------------- */
@@ -604,6 +659,7 @@ static void move_family(struct ctg_moves *b)
 		account(b);
 		return;
 	}
+	notify_start(b);
 	each_move(b, CTG_MOVE_NONE, mark_one);
 	account(b);
 	ctg_moves_get(b);
@@ -618,6 +674,7 @@ static void move_family(struct ctg_moves *b)
 		copied = b->stats->ns_copy - copied;
 		b->stats->ns_install += port->now(port->host) - begun - copied;
 	}
+	notify_end(b);
 	ctg_moves_put_tables(b);
 	wake_writers(b);
 	ctg_unlock(&b->ctg->port, &b->anon->lock);

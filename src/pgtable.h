@@ -125,6 +125,11 @@ struct ctg_mm {
 	struct ctg_word64 recycled; /* raised when a spare table is about to be filled again */
 	struct ctg_word64 nr_tables; /* in the tree */
 	struct ctg_word64 nr_present; /* pages */
+	/*
+	 * notifier.c: NULL until the first insertion. Written under mm->lock and anon->lock, so read
+	 * under either.
+	 */
+	struct ctg_notifiers *notifiers;
 	struct ctg_word32 moved;    /* raised whenever a migration ends in this mm; waited on */
 	struct ctg_pte_ref slot;    /* anon->lock: the table that a migration has locked here */
 	struct ctg_table *pieces;   /* anon->lock: tables for large entries that it takes to pieces */
@@ -243,6 +248,19 @@ void ctg_anon_map(struct ctg *ctg, ctg_pfn_t pfn);
  * port's copy or install returned: as before.
  */
 int ctg_cow_break(struct ctg_mm *mm, ctg_vpn_t vpn);
+
+/* notifier.c */
+/*
+ * Begin an invalidation: tell everybody who mirrors a page of the ranges. Then the entries may be
+ * changed, and what follows from it done (flush, install); then ctg_notify_end. mm->lock or the
+ * family's lock is held, one of them all the time in between; no table is locked. Costs one load
+ * if nobody has ever asked. Never fails if blockable; else -EAGAIN, and there is nothing to end.
+ */
+int ctg_notify_start(struct ctg_mm *mm, const struct ctg_vrange *ranges, size_t nr,
+	enum ctg_notify_event event, bool blockable);
+void ctg_notify_end(struct ctg_mm *mm);
+/* The mm is going, and nobody can find it any more. */
+void ctg_notifiers_leave(struct ctg_mm *mm);
 
 /* rmap.c */
 int ctg_anon_join(struct ctg_mm *mm, struct ctg_mm *relative); /* relative NULL: a new family */

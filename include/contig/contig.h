@@ -8,6 +8,7 @@
 #include <contig/machine.h>
 #include <contig/group.h>
 #include <contig/mm.h>
+#include <contig/notifier.h>
 #include <contig/cma.h>
 #include <contig/stat.h>
 
