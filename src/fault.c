@@ -318,8 +318,12 @@ static int fault_once(struct ctg_mm *mm, ctg_vpn_t vpn, bool write, uint32_t *mo
 
 	*moved = ctg_load32_acquire(&mm->moved);
 	entry = ctg_pte_read(mm, vpn, &level);
-	if ((entry & CTG_PTE_PRESENT) != 0 && access_allowed(entry, write))
-		return write && (entry & CTG_PTE_MOVING) != 0 ? -CTG_EAGAIN : 0;
+	if ((entry & CTG_PTE_PRESENT) != 0 && access_allowed(entry, write)) {
+		if (!write || (entry & (CTG_PTE_MOVING | CTG_PTE_COW)) == 0)
+			return 0;
+		if ((entry & CTG_PTE_MOVING) != 0)
+			return -CTG_EAGAIN;
+	}
 	ctg_lock(&mm->ctg->port, &mm->lock);
 	*moved = ctg_load32_acquire(&mm->moved);
 	entry = ctg_pte_read(mm, vpn, &level);
@@ -330,6 +334,8 @@ static int fault_once(struct ctg_mm *mm, ctg_vpn_t vpn, bool write, uint32_t *mo
 	else if (write && (entry & CTG_PTE_MOVING) != 0)
 		ret = -CTG_EAGAIN;
 	ctg_unlock(&mm->ctg->port, &mm->lock);
+	else if (write && (entry & CTG_PTE_COW) != 0)
+		ret = ctg_cow_break(mm, vpn, 0);
 	return ret;
 }
 

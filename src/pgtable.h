@@ -243,11 +243,26 @@ void ctg_anon_map(struct ctg *ctg, ctg_pfn_t pfn);
 /*
  * Make the page at vpn, which is PRESENT and COW, exclusive to the mm: by a copy, or without one if
  * nobody else has it; its rights do not matter. The entry is not COW afterwards, and the port knows.
- * Does nothing for others. mm->lock held (that is how a fork keeps its snapshot); copies under it.
+ * Does nothing for others. gfp: beside what the mm's config says. mm->lock held (that is how a fork keeps its snapshot); copies under it.
  * 0; -EAGAIN: it is MOVING, wait as for a fault; -ENOMEM; -ENOSPC: the group; -EOVERFLOW; what the
  * port's copy or install returned: as before.
  */
-int ctg_cow_break(struct ctg_mm *mm, ctg_vpn_t vpn);
+int ctg_cow_break(struct ctg_mm *mm, ctg_vpn_t vpn, unsigned gfp);
+
+/* fault.c */
+/*
+ * As ctg_handle_fault for a read, not counted as a fault. longterm: what is allocated is not
+ * lendable, whatever the mm's own gfp says.
+ */
+int ctg_fault_in(struct ctg_mm *mm, ctg_vpn_t vpn, bool longterm);
+
+/* cow.c */
+/*
+ * Make the page at vpn exclusive to the mm if its entry is COW, whatever its rights: reuse or copy,
+ * as a write fault does. longterm as above. Waits while a migration moves it. No lock is held.
+ * 0: look again; -ENOMEM, -ENOSPC (the group), -EINTR, or what the port's copy returned.
+ */
+int ctg_cow_unshare(struct ctg_mm *mm, ctg_vpn_t vpn, bool longterm);
 
 /* notifier.c */
 /*

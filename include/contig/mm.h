@@ -58,8 +58,10 @@ int ctg_mm_create(struct ctg *ctg, const struct ctg_mm_config *config, struct ct
  * copy-on-write; a frame that is pinned is copied now, after no CPU can write it any more, and the
  * parent keeps the original. New frames are charged to the child's group.
  * @config: of the child: owner, group; gfp, map_order and max_order are the parent's.
+ * The port is told nothing about the child: its accesses fault. But a migration may have it restrict
+ * and install pages of the child before this returns.
  * Context: may sleep; takes the parent's lock.
- * Returns 0; -ENOMEM; -ENOSPC: the child's group is at its limit; -EOVERFLOW: a frame is mapped too
+ * Returns 0; -EINVAL (NULL, a group of another machine); -ENOMEM; -ENOSPC: the child's group is at its limit; -EOVERFLOW: a frame is mapped too
  * often; what the port's copy returned. On failure there is no child and the parent is as before.
  */
 int ctg_mm_fork(
@@ -114,10 +116,12 @@ int ctg_mm_populate(struct ctg_mm *mm, ctg_vpn_t vpn, uint64_t nr, uint64_t *nr_
 
 /*
  * The fault handler: make an access to vpn possible (allocate a zeroed frame, the largest that
- * suits; wait for a migration to end if it is a write). The port calls it when an access finds no
+ * suits; wait for a migration to end if it is a write; end copy-on-write if it is a write, by a copy
+ * unless nobody else has the frame). The port calls it when an access finds no
  * valid mapping, then looks the entry up again.
  * Context: may sleep; no lock held. killable waits.
- * Returns 0; -EFAULT: nothing mapped or the rights forbid it; -ENOMEM; -EINTR.
+ * Returns 0; -EFAULT: nothing mapped or the rights forbid it; -ENOMEM; -ENOSPC: the group is at its
+ * limit; -EOVERFLOW: the frame is mapped or held too often; -EINTR.
  */
 int ctg_handle_fault(struct ctg_mm *mm, ctg_vpn_t vpn, bool write);
 
