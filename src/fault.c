@@ -333,9 +333,9 @@ static int fault_once(struct ctg_mm *mm, ctg_vpn_t vpn, bool write, uint32_t *mo
 		ret = fault_fill(mm, vpn, level);
 	else if (write && (entry & CTG_PTE_MOVING) != 0)
 		ret = -CTG_EAGAIN;
-	ctg_unlock(&mm->ctg->port, &mm->lock);
 	else if (write && (entry & CTG_PTE_COW) != 0)
 		ret = ctg_cow_break(mm, vpn, 0);
+	ctg_unlock(&mm->ctg->port, &mm->lock);
 	return ret;
 }
 
