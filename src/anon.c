@@ -10,14 +10,18 @@ int ctg_anon_alloc(struct ctg_mm *mm, unsigned max_order, unsigned min_order, un
 	struct ctg_group *group = mm->config.group;
 	int ret;
 
+	/* What may not be lent at all outweighs what its mm would rather have. */
+	gfp |= mm->config.gfp | CTG_GFP_MOVABLE;
+	if ((gfp & CTG_GFP_NO_CMA) != 0)
+		gfp &= ~(unsigned)CTG_GFP_NO_ORDINARY;
+
 	/* Charged first: nobody sees frames that a group was not asked for. */
 	while ((ret = ctg_group_charge(group, (uint64_t)1 << max_order)) != 0) {
 		if (max_order == min_order)
 			return ret;
 		max_order--;
 	}
-	ret = ctg_alloc_run(
-		mm->ctg, max_order, min_order, mm->config.gfp | CTG_GFP_MOVABLE | gfp, pfn, order);
+	ret = ctg_alloc_run(mm->ctg, max_order, min_order, gfp, pfn, order);
 	if (ret != 0) {
 		ctg_group_uncharge(group, (uint64_t)1 << max_order);
 		return ret;

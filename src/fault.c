@@ -10,6 +10,7 @@
  */
 struct fill {
 	struct ctg_mm *mm;
+	unsigned gfp; /* beside what the mm's config says */
 	ctg_vpn_t vpn;
 	ctg_pfn_t pfn;
 	uint64_t nr;
@@ -133,7 +134,7 @@ static int fill_whole(struct fill *fill, ctg_vpn_t vpn, unsigned level)
 	int ret = ctg_pte_split_to(fill->mm, vpn, level);
 
 	if (ret == 0)
-		ret = ctg_anon_alloc(fill->mm, order, order, CTG_GFP_ZERO, &pfn, &order);
+		ret = ctg_anon_alloc(fill->mm, order, order, fill->gfp, &pfn, &order);
 	if (ret == 0)
 		fill_map(fill, vpn, pfn, order, level);
 	return ret;
@@ -170,7 +171,7 @@ static int fill_small(struct fill *fill, ctg_vpn_t vpn, uint64_t nr, uint64_t *d
 	if (ret != 0)
 		return ret;
 	ret = ctg_anon_alloc(
-		fill->mm, reserved_order(fill->mm, vpn, nr), 0, CTG_GFP_ZERO, &pfn, &order);
+		fill->mm, reserved_order(fill->mm, vpn, nr), 0, fill->gfp, &pfn, &order);
 	if (ret != 0)
 		return ret;
 	ctg_anon_split(fill->mm->ctg, pfn, order);
@@ -230,7 +231,7 @@ static uint64_t present_pages(const struct ctg_mm *mm, ctg_vpn_t vpn, ctg_vpn_t 
 static int fill_range(struct ctg_mm *mm, ctg_vpn_t vpn, ctg_vpn_t end)
 {
 	const struct ctg_port *port = &mm->ctg->port;
-	struct fill fill = {.mm = mm};
+	struct fill fill = {.mm = mm, .gfp = CTG_GFP_ZERO};
 	ctg_vpn_t pause = vpn + FILL_PAGES;
 	bool hole = false;
 	int ret = 0;
@@ -283,9 +284,9 @@ int ctg_mm_populate(struct ctg_mm *mm, ctg_vpn_t vpn, uint64_t nr, uint64_t *nr_
  * The largest frame that suits: a large one if the slot has nothing yet, else one page. mm->lock
  * held; the page is RESERVED.
  */
-static int fault_fill(struct ctg_mm *mm, ctg_vpn_t vpn, unsigned level)
+static int fault_fill(struct ctg_mm *mm, ctg_vpn_t vpn, unsigned level, unsigned gfp)
 {
-	struct fill fill = {.mm = mm};
+	struct fill fill = {.mm = mm, .gfp = CTG_GFP_ZERO | gfp};
 	ctg_vpn_t slot = vpn & ~(CTG_PAGEBLOCK_FRAMES - 1);
 	uint64_t done;
 	int ret = -CTG_ENOMEM;
@@ -330,7 +331,7 @@ static int fault_once(struct ctg_mm *mm, ctg_vpn_t vpn, bool write, uint32_t *mo
 	if (!access_allowed(entry, write))
 		ret = -CTG_EFAULT;
 	else if ((entry & CTG_PTE_RESERVED) != 0)
-		ret = fault_fill(mm, vpn, level);
+		ret = fault_fill(mm, vpn, level, 0);
 	else if (write && (entry & CTG_PTE_MOVING) != 0)
 		ret = -CTG_EAGAIN;
 	else if (write && (entry & CTG_PTE_COW) != 0)
@@ -359,5 +360,22 @@ int ctg_handle_fault(struct ctg_mm *mm, ctg_vpn_t vpn, bool write)
 		if (ret == -CTG_EINTR)
 			break;
 	}
+	return ret;
+}
+
+int ctg_fault_in(struct ctg_mm *mm, ctg_vpn_t vpn, bool longterm)
+{
+	const struct ctg_port *port = &mm->ctg->port;
+	unsigned level;
+	uint64_t entry;
+	int ret = 0;
+
+	ctg_lock(port, &mm->lock);
+	entry = ctg_pte_read(mm, vpn, &level);
+	if (!access_allowed(entry, false))
+		ret = -CTG_EFAULT;
+	else if ((entry & CTG_PTE_RESERVED) != 0)
+		ret = fault_fill(mm, vpn, level, longterm ? CTG_GFP_NO_CMA | CTG_GFP_SPILL : 0);
+	ctg_unlock(port, &mm->lock);
 	return ret;
 }

@@ -24,6 +24,7 @@
  *   pcp->lock       one CPU's cached frames of one zone; held across discard
  *   ctg->anons_lock the list of families
  *   ctg->groups_lock the table of groups; a leaf
+ *   ctg->pins.lock  accounts of pins and the ledger; a leaf, held while the ledger is walked
  *   zone->lock      free lists, pageblocks and their summaries. No hook is called under it but
  *                   trace
  *

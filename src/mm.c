@@ -90,6 +90,7 @@ void ctg_mm_destroy(struct ctg_mm *mm, bool dead)
 	/* A walk of the family may be looking at the tables until this returns. */
 	ctg_anon_leave(mm);
 	ctg_notifiers_leave(mm);
+	ctg_pins_leave(mm);
 	ctg_pt_destroy(mm);
 	ctg_group_leave(mm->config.group);
 	port->meta_free(port->host, mm, sizeof(*mm));

@@ -184,6 +184,43 @@ void ctg_pte_mark(struct ctg_mm *mm, ctg_vpn_t vpn, bool dirty)
 	} while (!ctg_cas64_acq_rel(word, &entry, entry | marks));
 }
 
+/*
+ * Pages that follow each other are governed by one table, as a rule, which need not be found again.
+ * It may have left the tree, but only with entries that are not PRESENT, and whoever fills it again
+ * raises mm->recycled first: so a PRESENT entry is in force if that is as it was.
+ */
+void ctg_pte_look(const struct ctg_mm *mm, ctg_vpn_t vpn, struct ctg_pte_look *look)
+{
+	if (look->word != NULL && look->level == 0 &&
+		table_base(vpn, 0) == table_base(look->vpn, 0)) {
+		struct ctg_word64 *word = look->word - entry_index(look->vpn, 0);
+
+		word += entry_index(vpn, 0);
+		look->vpn = vpn;
+		look->word = word;
+		look->entry = ctg_load64_acquire(word);
+		if ((look->entry & CTG_PTE_PRESENT) != 0 &&
+			ctg_load64_acquire(&mm->recycled) == look->recycled)
+			return;
+	}
+	look->vpn = vpn;
+	look->recycled = ctg_load64_acquire(&mm->recycled);
+	look->word = find_entry(mm, vpn, &look->entry, &look->level);
+}
+
+bool ctg_pte_look_again(const struct ctg_mm *mm, const struct ctg_pte_look *look, uint64_t marks)
+{
+	uint64_t entry = ctg_load64_acquire(look->word);
+
+	do {
+		if (((entry ^ look->entry) & ~(CTG_PTE_YOUNG | CTG_PTE_DIRTY)) != 0)
+			return false;
+		if ((entry & marks) == marks)
+			break;
+	} while (!ctg_cas64_acq_rel(look->word, &entry, entry | marks));
+	return ctg_load64_acquire(&mm->recycled) == look->recycled;
+}
+
 void ctg_pte_lock(struct ctg_mm *mm, ctg_vpn_t vpn, struct ctg_pte_ref *ref)
 {
 	const struct ctg_port *port = &mm->ctg->port;

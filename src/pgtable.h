@@ -134,6 +134,8 @@ struct ctg_mm {
 	struct ctg_pte_ref slot;    /* anon->lock: the table that a migration has locked here */
 	struct ctg_table *pieces;   /* anon->lock: tables for large entries that it takes to pieces */
 	struct ctg_batch batch;
+	struct ctg_word16 pin_account; /* pin.c: 0 until its first pin */
+	uint64_t nr_pin_handles;       /* ctg->pins.lock */
 };
 
 /* pgtable.c */
@@ -193,6 +195,24 @@ int ctg_pte_split_to(struct ctg_mm *mm, ctg_vpn_t vpn, unsigned level);
 void ctg_pte_prune(struct ctg_mm *mm, ctg_vpn_t vpn, ctg_vpn_t end);
 int ctg_pt_init(struct ctg_mm *mm);
 void ctg_pt_destroy(struct ctg_mm *mm);
+
+/*
+ * A look at one entry after another without a lock, each twice: see gup.c. Zero-initialise.
+ */
+struct ctg_pte_look {
+	struct ctg_word64 *word; /* where the entry was found */
+	uint64_t entry;
+	uint64_t recycled; /* mm->recycled before that */
+	ctg_vpn_t vpn;
+	unsigned level;
+};
+/* Read the entry that governs vpn: look->entry, at look->level. */
+void ctg_pte_look(const struct ctg_mm *mm, ctg_vpn_t vpn, struct ctg_pte_look *look);
+/*
+ * Is a PRESENT entry still, or again, what it was, YOUNG and DIRTY apart? If so they are set as
+ * `marks` says, by the same atomic that compares.
+ */
+bool ctg_pte_look_again(const struct ctg_mm *mm, const struct ctg_pte_look *look, uint64_t marks);
 
 /* Find the entry and set YOUNG (and DIRTY) if it is PRESENT. Takes no lock. */
 void ctg_pte_mark(struct ctg_mm *mm, ctg_vpn_t vpn, bool dirty);
@@ -278,6 +298,11 @@ void ctg_notify_end(struct ctg_mm *mm);
 void ctg_notifiers_leave(struct ctg_mm *mm);
 
 /* rmap.c */
+/*
+ * Set DIRTY in the entries that say the frames [pfn, pfn + nr), all of one frame that the caller
+ * holds a count on. Takes anon->lock.
+ */
+void ctg_anon_mark_dirty(struct ctg *ctg, ctg_pfn_t pfn, uint64_t nr);
 int ctg_anon_join(struct ctg_mm *mm, struct ctg_mm *relative); /* relative NULL: a new family */
 void ctg_anon_leave(struct ctg_mm *mm);
 void ctg_anons_destroy(struct ctg *ctg);

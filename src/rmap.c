@@ -127,3 +127,37 @@ ctg_pfn_t ctg_frame_head(struct ctg *ctg, ctg_pfn_t pfn)
 	CTG_ASSERT(false);
 	return pfn;
 }
+
+/* Entries may change meanwhile: what is marked for nothing claims too much, and loses nothing. */
+static void mark_dirty_in(struct ctg_mm *mm, ctg_vpn_t vpn, ctg_pfn_t pfn, uint64_t nr)
+{
+	ctg_vpn_t end = vpn + nr;
+
+	while (vpn < end) {
+		unsigned level;
+		uint64_t entry = ctg_pte_read(mm, vpn, &level);
+		uint64_t at = vpn & (ctg_level_pages(level) - 1);
+		uint64_t left = ctg_level_pages(level) - at;
+
+		if ((entry & CTG_PTE_PRESENT) != 0 && ctg_pte_pfn(entry) + at == pfn)
+			ctg_pte_mark(mm, vpn, true);
+		if (left > end - vpn)
+			left = end - vpn;
+		vpn += left;
+		pfn += left;
+	}
+}
+
+void ctg_anon_mark_dirty(struct ctg *ctg, ctg_pfn_t pfn, uint64_t nr)
+{
+	ctg_pfn_t head = ctg_frame_head(ctg, pfn);
+	ctg_vpn_t vpn = ctg_frame_of(ctg, head)->index + (pfn - head);
+	struct ctg_anon *anon = ctg_anon_lock(ctg, head);
+
+	/* Not mapped any more: nobody is left who would ask. */
+	if (anon == NULL)
+		return;
+	for (struct ctg_mm *mm = anon->mms; mm != NULL; mm = mm->family_next)
+		mark_dirty_in(mm, vpn, pfn, nr);
+	ctg_unlock(&ctg->port, &anon->lock);
+}

@@ -10,6 +10,7 @@
 #include <contig/mm.h>
 #include <contig/notifier.h>
 #include <contig/cma.h>
+#include <contig/pin.h>
 #include <contig/stat.h>
 
 #endif
