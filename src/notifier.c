@@ -32,7 +32,7 @@ struct ctg_notifiers {
 	unsigned nr_active; /* invalidations under way */
 	struct ctg_mmu_interval_notifier *root;
 	struct ctg_mmu_interval_notifier *deferred; /* to be inserted or removed at the end */
-	struct ctg_word32 ended;                    /* raised whenever seq becomes even; waited on */
+	struct ctg_word32 ended; /* raised whenever seq becomes even; waited on */
 	uint32_t random;
 };
 
@@ -175,7 +175,8 @@ static node_t *overlap_next(node_t *n, ctg_vpn_t first, ctg_vpn_t last)
 	}
 }
 
-/* ---- the deferred list: `deferred` leads on, and `parent` back for what is not in the tree ---- */
+/* ---- the deferred list: `deferred` leads on, and `parent` back for what is not in the tree ----
+ */
 
 static void defer(struct ctg_notifiers *all, node_t *n, enum state state)
 {
