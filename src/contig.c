@@ -274,9 +274,9 @@ struct take {
 
 static void note_dirty(struct take *take, ctg_pfn_t pfn, uint64_t nr)
 {
-	struct ctg_extent *last = &take->dirty[take->nr_dirty - 1];
+	struct ctg_extent *last = take->nr_dirty != 0 ? &take->dirty[take->nr_dirty - 1] : NULL;
 
-	if (take->nr_dirty != 0 && (last->pfn + last->nr == pfn || take->nr_dirty == DIRTY_RUNS))
+	if (last != NULL && (last->pfn + last->nr == pfn || take->nr_dirty == DIRTY_RUNS))
 		last->nr = pfn + nr - last->pfn;
 	else
 		take->dirty[take->nr_dirty++] = (struct ctg_extent){pfn, nr};

@@ -114,10 +114,13 @@ static int install(struct ctg_mm *mm, ctg_vpn_t base, uint64_t unit, const struc
 	ret = port->tlb_install(port->host, mm, &range, 1);
 	if (ret == 0)
 		return 0;
+	/* Who has looked since may write: not any more. */
+	ctg_notify_start(mm, &range, 1, CTG_NOTIFY_PROTECT, true);
 	for (unsigned i = 0; i < CTG_TABLE_ENTRIES; i++)
 		if ((bits->word[i / 64] >> (i % 64) & 1) != 0)
 			set_cow(mm, base + i * unit, unit, true);
 	port->tlb_install(port->host, mm, &range, 1);
+	ctg_notify_end(mm);
 	return ret;
 }
 
@@ -233,13 +236,18 @@ static int replace(const struct cow *c, ctg_pfn_t copy)
 
 static int copy_to(const struct cow *c, ctg_pfn_t copy)
 {
+	const struct ctg_vrange range = {c->vpn, c->nr};
 	const struct ctg_port *port = &c->mm->ctg->port;
 	struct ctg_copy_run run = {copy, c->pfn, c->nr};
 	int ret = port->copy(port->host, &run, 1);
 
-	if (ret == 0)
-		return replace(c, copy);
-	ctg_frame_put(c->mm->ctg, copy, CTG_WORD_REF1, 1);
+	if (ret != 0) {
+		ctg_frame_put(c->mm->ctg, copy, CTG_WORD_REF1, 1);
+		return ret;
+	}
+	ctg_notify_start(c->mm, &range, 1, CTG_NOTIFY_COPY, true);
+	ret = replace(c, copy);
+	ctg_notify_end(c->mm);
 	return ret;
 }
 

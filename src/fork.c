@@ -116,6 +116,33 @@ static bool add_range(struct fork *f, ctg_vpn_t vpn, uint64_t nr)
 	return true;
 }
 
+/*
+ * Tell those who mirror what is about to become copy-on-write. Under mm->lock nothing becomes
+ * writable meanwhile, so a look at the entries before they are locked says which.
+ */
+static void notify_parent(struct fork *f)
+{
+	ctg_vpn_t vpn = 0;
+
+	ctg_notify_start(f->parent, NULL, 0, CTG_NOTIFY_FORK, true);
+	while (f->parent->notifiers != NULL && vpn < CTG_MM_MAX_VPN) {
+		const uint64_t bits = CTG_PTE_PRESENT | CTG_PTE_WRITE;
+		unsigned level;
+		uint64_t entry = ctg_pte_read(f->parent, vpn, &level);
+		uint64_t pages = ctg_level_pages(level);
+
+		if ((entry & (bits | CTG_PTE_COW | CTG_PTE_SHARED)) == bits &&
+			!add_range(f, vpn, pages)) {
+			ctg_notify_more(f->parent, f->range, f->nr_ranges, CTG_NOTIFY_FORK);
+			f->nr_ranges = 0;
+			add_range(f, vpn, pages);
+		}
+		vpn += pages;
+	}
+	ctg_notify_more(f->parent, f->range, f->nr_ranges, CTG_NOTIFY_FORK);
+	f->nr_ranges = 0;
+}
+
 /* ---- protect --------------------------------------------------------------------------------- */
 
 /* Make entries of the locked table COW from index *i on. false: no room for the ranges. */
@@ -591,11 +618,13 @@ int ctg_mm_fork(struct ctg_mm *parent, const struct ctg_mm_config *config, struc
 	ret = ctg_mm_make(f->ctg, &inherited, parent, &f->child);
 	if (ret == 0) {
 		ctg_lock(port, &parent->lock);
+		notify_parent(f);
 		ret = fork_all(f);
 		if (ret == 0)
 			restore_copied(f);
 		else
 			undo(f);
+		ctg_notify_end(parent);
 		ctg_unlock(port, &parent->lock);
 		if (ret == 0)
 			*child = f->child;

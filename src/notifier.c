@@ -266,14 +266,9 @@ static bool tell(struct ctg_notifiers *all, const struct ctg_notify_range *range
 	return true;
 }
 
-int ctg_notify_start(struct ctg_mm *mm, const struct ctg_vrange *ranges, size_t nr,
+static bool tell_all(struct ctg_mm *mm, const struct ctg_vrange *ranges, size_t nr,
 	enum ctg_notify_event event, bool blockable)
 {
-	struct ctg_notifiers *all = mm->notifiers;
-
-	if (all == NULL)
-		return 0;
-	begin(all);
 	for (size_t i = 0; i < nr; i++) {
 		const struct ctg_notify_range range = {.mm = mm,
 			.vpn = ranges[i].vpn,
@@ -281,13 +276,30 @@ int ctg_notify_start(struct ctg_mm *mm, const struct ctg_vrange *ranges, size_t 
 			.event = event,
 			.blockable = blockable};
 
-		if (!tell(all, &range)) {
-			/* Those who were told have let go for nothing. */
-			end(all);
-			return -CTG_EAGAIN;
-		}
+		if (!tell(mm->notifiers, &range))
+			return false;
 	}
-	return 0;
+	return true;
+}
+
+int ctg_notify_start(struct ctg_mm *mm, const struct ctg_vrange *ranges, size_t nr,
+	enum ctg_notify_event event, bool blockable)
+{
+	if (mm->notifiers == NULL)
+		return 0;
+	begin(mm->notifiers);
+	if (tell_all(mm, ranges, nr, event, blockable))
+		return 0;
+	/* Those who were told have let go for nothing. */
+	end(mm->notifiers);
+	return -CTG_EAGAIN;
+}
+
+void ctg_notify_more(struct ctg_mm *mm, const struct ctg_vrange *ranges, size_t nr,
+	enum ctg_notify_event event)
+{
+	if (mm->notifiers != NULL)
+		tell_all(mm, ranges, nr, event, true);
 }
 
 void ctg_notify_end(struct ctg_mm *mm)

@@ -293,6 +293,9 @@ int ctg_cow_unshare(struct ctg_mm *mm, ctg_vpn_t vpn, bool longterm);
  */
 int ctg_notify_start(struct ctg_mm *mm, const struct ctg_vrange *ranges, size_t nr,
 	enum ctg_notify_event event, bool blockable);
+/* More ranges of an invalidation that has been started and may block. */
+void ctg_notify_more(struct ctg_mm *mm, const struct ctg_vrange *ranges, size_t nr,
+	enum ctg_notify_event event);
 void ctg_notify_end(struct ctg_mm *mm);
 /* The mm is going, and nobody can find it any more. */
 void ctg_notifiers_leave(struct ctg_mm *mm);

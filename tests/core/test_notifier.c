@@ -300,6 +300,101 @@ static void test_migrate_fails(void **state)
 	client_off(&c);
 }
 
+static struct ctg_mm *fork_of(struct ctg_mm *parent)
+{
+	struct ctg_mm_config config = {.owner = &w};
+	struct ctg_mm *child = NULL;
+
+	assert_int_equal(ctg_mm_fork(parent, &config, &child), 0);
+	return child;
+}
+
+/* A fork tells of what was writable, once; a copy of the page that has another frame from then. */
+static void test_fork(void **state)
+{
+	struct client rw, ro, sparse, own;
+	struct ctg_mm *child, *second;
+	ctg_pfn_t pfn;
+
+	(void)state;
+	map_small(&w, mm, BASE, 8);
+	assert_int_equal(ctg_mprotect(mm, BASE + 4, 4, CTG_PROT_READ), 0);
+	/* More ranges than are told at a time. */
+	for (unsigned i = 0; i < 100; i++)
+		mapped(mm, BASE + PAGES + 2 * i, 1, RW);
+	client_on(&rw, mm, BASE + 3, 1);
+	client_on(&ro, mm, BASE + 4, 4);
+	client_on(&sparse, mm, BASE + PAGES + 198, 1);
+	child = fork_of(mm);
+	assert_int_equal(rw.nr_calls, 1);
+	expect_call(&rw, 0, BASE, 4, CTG_NOTIFY_FORK);
+	assert_int_equal(rw.seen[0].prot, RW);
+	assert_int_equal(lookup(mm, BASE + 3, 1).prot, CTG_PROT_READ);
+	assert_int_equal(ro.nr_calls, 0);
+	assert_int_equal(sparse.nr_calls, 1);
+	ctg_mmu_interval_read_begin(&rw.n);
+	/* Copy-on-write already: nothing changes for the parent. */
+	second = fork_of(mm);
+	assert_int_equal(rw.nr_calls, 1);
+	ctg_mm_destroy(second, false);
+	client_on(&own, child, BASE, 8);
+	pfn = pfn_of(mm, BASE + 3);
+	put_byte(&w, mm, BASE + 3, 1);
+	assert_int_equal(rw.nr_calls, 2);
+	expect_call(&rw, 1, BASE + 3, 1, CTG_NOTIFY_COPY);
+	assert_int_equal(rw.seen[1].pfn, pfn);
+	assert_int_not_equal(pfn_of(mm, BASE + 3), pfn);
+	/* The child is the last who has it: it keeps the frame and may write. */
+	put_byte(&w, child, BASE + 3, 2);
+	assert_int_equal(own.nr_calls, 0);
+	assert_int_equal(pfn_of(child, BASE + 3), pfn);
+	/* Both have the other pages. */
+	assert_int_not_equal(evacuate_block(&w, pfn_of(mm, BASE)), 0);
+	assert_in_range(own.nr_calls, 1, MAX_CALLS);
+	assert_int_equal(own.call[0].event, CTG_NOTIFY_MIGRATE);
+	client_off(&own);
+	ctg_mm_destroy(child, false);
+	/* It may write for a moment, until the port says that it cannot install. */
+	client_on(&own, mm, BASE, 1);
+	ctg_sim_fail(w.sim, CTG_SIM_INSTALL, 1);
+	assert_int_equal(ctg_handle_fault(mm, BASE, true), -CTG_ENOMEM);
+	assert_int_equal(own.nr_calls, 1);
+	expect_call(&own, 0, BASE, 1, CTG_NOTIFY_PROTECT);
+	assert_int_equal(own.seen[0].prot, RW);
+	assert_int_equal(lookup(mm, BASE, 1).prot, CTG_PROT_READ);
+	client_off(&own);
+	client_off(&rw);
+	client_off(&ro);
+	client_off(&sparse);
+}
+
+/* A fork that fails has begun and ended all the same. */
+static void test_fork_fails(void **state)
+{
+	struct ctg_mm_config config = {.owner = &w};
+	struct ctg_mm *child = NULL;
+	struct client c;
+	uint64_t nth = 0, seq;
+	int ret;
+
+	(void)state;
+	map_small(&w, mm, BASE, 8);
+	client_on(&c, mm, BASE, 8);
+	do {
+		ctg_sim_fail(w.sim, CTG_SIM_META_ALLOC, ++nth);
+		ret = ctg_mm_fork(mm, &config, &child);
+		ctg_sim_fail(w.sim, CTG_SIM_META_ALLOC, 0);
+		assert_true(ret == 0 || ret == -CTG_ENOMEM);
+		seq = ctg_mmu_interval_read_begin(&c.n);
+		assert_false(ctg_mmu_interval_read_retry(&c.n, seq));
+		assert_int_equal(lookup(mm, BASE, 1).prot, ret == 0 ? CTG_PROT_READ : (unsigned)RW);
+	} while (ret != 0);
+	assert_in_range(c.nr_calls, 1, nth);
+	assert_in_range(nth, 3, 100);
+	ctg_mm_destroy(child, false);
+	client_off(&c);
+}
+
 static void test_exit(void **state)
 {
 	struct ctg_mm *second = space_new(&w, 0);
@@ -584,6 +679,8 @@ int main(void)
 		IN_WORLD(test_fill_undone),
 		IN_WORLD(test_migrate),
 		IN_WORLD(test_migrate_fails),
+		IN_WORLD(test_fork),
+		IN_WORLD(test_fork_fails),
 		IN_WORLD(test_exit),
 		IN_WORLD(test_sequence),
 		IN_WORLD(test_reader_waits),
