@@ -80,19 +80,25 @@ ctg_pfn_t ctg_hold_head(struct ctg *ctg, ctg_pfn_t pfn, unsigned *order)
 	return zone == NULL ? CTG_PFN_NONE : head_in_zone(zone, pfn, order);
 }
 
-uint32_t ctg_hold_drop(struct ctg *ctg, ctg_pfn_t pfn, uint64_t one, uint32_t nr)
+void ctg_drop_end(struct ctg_drop *drop)
 {
-	unsigned order;
-	ctg_pfn_t head = ctg_hold_head(ctg, pfn, &order);
-	uint16_t account;
+	if (drop->owed != 0)
+		ctg_pin_account_sub(drop->ctg, drop->account, drop->owed);
+	drop->owed = 0;
+}
 
-	if (head == CTG_PFN_NONE)
-		return 0;
+uint32_t ctg_drop_some(struct ctg_drop *drop, ctg_pfn_t head, uint32_t nr)
+{
 	/* While the pin is there it is on that account; afterwards the frame may be anybody's. */
-	account = ctg_load16_relaxed(&ctg_frame_of(ctg, head)->pin_account);
-	nr = ctg_frame_put_some(ctg, head, one, nr);
-	if (nr != 0 && one == CTG_WORD_PIN1)
-		ctg_pin_account_sub(ctg, account, nr);
+	uint16_t account = ctg_load16_relaxed(&ctg_frame_of(drop->ctg, head)->pin_account);
+
+	nr = ctg_frame_put_some(drop->ctg, head, drop->one, nr);
+	if (nr == 0 || drop->one != CTG_WORD_PIN1)
+		return nr;
+	if (account != drop->account)
+		ctg_drop_end(drop);
+	drop->account = account;
+	drop->owed += nr;
 	return nr;
 }
 
@@ -416,14 +422,10 @@ int64_t ctg_pin_user_pages_fast(
 /* ---- letting go ------------------------------------------------------------------------------ */
 
 /* How many of the elements, from the first on, are pages that follow each other in one frame. */
-static uint64_t alike(struct ctg *ctg, const ctg_pfn_t *pages, uint64_t nr)
+static uint64_t alike(const ctg_pfn_t *pages, uint64_t nr, ctg_pfn_t head, unsigned order)
 {
-	unsigned order;
-	ctg_pfn_t head = ctg_hold_head(ctg, pages[0], &order);
 	uint64_t same = 1;
 
-	if (head == CTG_PFN_NONE || order == 0)
-		return 1;
 	while (same < nr && pages[same] == pages[0] + same &&
 		pages[same] - head < (uint64_t)1 << order)
 		same++;
@@ -449,18 +451,33 @@ void ctg_hold_mark_dirty(struct ctg *ctg, ctg_pfn_t pfn, uint64_t nr)
 static int drop_pages(
 	struct ctg *ctg, const ctg_pfn_t *pages, uint64_t nr, uint64_t one, bool dirty)
 {
+	struct ctg_drop drop = {.ctg = ctg, .one = one};
+	struct ctg_zone *zone = NULL;
 	uint64_t done = 0, run;
 	int ret = 0;
 
 	if (ctg == NULL || pages == NULL || nr == 0)
 		return -CTG_EINVAL;
 	for (; done < nr; done += run) {
-		run = alike(ctg, pages + done, nr - done);
+		ctg_pfn_t head = CTG_PFN_NONE;
+		unsigned order;
+
+		zone = zone_of_memory(ctg, zone, pages[done]);
+		if (zone != NULL)
+			head = head_in_zone(zone, pages[done], &order);
+		run = 1;
+		if (head == CTG_PFN_NONE) {
+			ret = -CTG_EINVAL;
+			continue;
+		}
+		if (order != 0)
+			run = alike(pages + done, nr - done, head, order);
 		if (dirty)
 			ctg_hold_mark_dirty(ctg, pages[done], run);
-		if (ctg_hold_drop(ctg, pages[done], one, (uint32_t)run) != run)
+		if (ctg_drop_some(&drop, head, (uint32_t)run) != run)
 			ret = -CTG_EINVAL;
 	}
+	ctg_drop_end(&drop);
 	return ret;
 }
 

@@ -59,11 +59,16 @@ int ctg_hold_some(struct ctg_hold *hold, ctg_vpn_t vpn, uint64_t nr, struct ctg_
 /* Put what has been taken on the accounts: before anybody can drop it. */
 void ctg_hold_end(struct ctg_hold *hold);
 
-/*
- * Drop `nr` counts of a kind (CTG_WORD_PIN1, REF1) of the frame that contains pfn. Returns how many
- * there were to drop, nr at most: 0 also for what is no frame of an address space.
- */
-uint32_t ctg_hold_drop(struct ctg *ctg, ctg_pfn_t pfn, uint64_t one, uint32_t nr);
+/* One call that lets go. Ends with ctg_drop_end. */
+struct ctg_drop {
+	struct ctg *ctg;
+	uint64_t one;     /* CTG_WORD_REF1 or CTG_WORD_PIN1 */
+	uint16_t account; /* that `owed` pins, which have been dropped, are still on */
+	uint64_t owed;
+};
+/* Drop counts of a frame, nr at most. Returns how many there were to drop. */
+uint32_t ctg_drop_some(struct ctg_drop *drop, ctg_pfn_t head, uint32_t nr);
+void ctg_drop_end(struct ctg_drop *drop);
 /* Set DIRTY where frames [pfn, pfn + nr), all of one frame, are mapped. Takes anon->lock. */
 void ctg_hold_mark_dirty(struct ctg *ctg, ctg_pfn_t pfn, uint64_t nr);
 /*

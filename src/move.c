@@ -463,14 +463,14 @@ static void switch_all(struct ctg_moves *b)
 
 /* ---- install ----------------------------------------------------------------------------- */
 
-/* Drop a mapping of a frame that we hold a reference on, unless somebody has pinned it. */
-static bool drop_unpinned(struct ctg_frame *frame)
+/* Drop a mapping of a frame that we hold a reference on, unless somebody else holds it, too. */
+static bool drop_unheld(struct ctg_frame *frame)
 {
 	uint64_t word = ctg_load64_relaxed(&frame->word);
 
 	do {
 		CTG_ASSERT(!ctg_word_frozen(word) && ctg_word_map(word) != 0);
-		if (ctg_word_pin(word) != 0)
+		if (ctg_word_pin(word) != 0 || ctg_word_ref(word) > 1)
 			return false;
 	} while (!ctg_cas64_acq_rel(&frame->word, &word, word - CTG_WORD_MAP1));
 	return true;
@@ -488,7 +488,7 @@ static void thaw(struct ctg_frame *frame, uint64_t counts)
 
 /*
  * The port could not install: point the entries back to the source. Not if they are installed in
- * another address space, where they may have been written to, not where somebody has pinned the
+ * another address space, where they may have been written to, not where somebody holds the
  * destination, and not those of a child that was forked since: it shares the destination, copy-on-
  * write, with entries that say the source again, which has the same contents.
  */
@@ -500,11 +500,19 @@ static void put_back_one(struct ctg_moves *b, struct ctg_move *m)
 	if ((m->members & b->installing) == 0 || (m->members & b->installed) != 0)
 		return;
 	while (next_entry(&e)) {
-		if ((m->members & ctg_move_member(e.member)) == 0 ||
-			!drop_unpinned(counting_frame(b, m, e.page)))
+		ctg_pfn_t dst = ctg_pte_pfn(e.ref.entry);
+
+		if ((m->members & ctg_move_member(e.member)) == 0)
 			continue;
+		/*
+		 * The entry first: whoever pins without a lock after the drop has to look at the
+		 * entry again. It says the source, which nobody can pin while it is frozen.
+		 */
 		ctg_pte_set(&e.ref, ctg_pte(m->src + e.page, entry_flags(e.ref.entry)));
-		entries++;
+		if (drop_unheld(counting_frame(b, m, e.page)))
+			entries++;
+		else
+			ctg_pte_set(&e.ref, ctg_pte(dst, entry_flags(e.ref.entry)));
 	}
 	if (entries == 0)
 		return;

@@ -337,6 +337,8 @@ static void extents_add(struct ctg_pin *pin, struct ctg_extent run)
  */
 static void drop_extents(struct ctg_pin *pin, bool dirty)
 {
+	struct ctg_drop drop = {.ctg = pin->ctg, .one = CTG_WORD_PIN1};
+
 	for (uint32_t i = 0; i < pin->nr_extents; i++) {
 		ctg_pfn_t pfn = pin->extents[i].pfn, end = pfn + pin->extents[i].nr;
 
@@ -352,12 +354,13 @@ static void drop_extents(struct ctg_pin *pin, bool dirty)
 				past = end;
 			if (dirty)
 				ctg_hold_mark_dirty(pin->ctg, pfn, past - pfn);
-			dropped = ctg_hold_drop(pin->ctg, head, CTG_WORD_PIN1, 1);
+			dropped = ctg_drop_some(&drop, head, 1);
 			CTG_ASSERT(dropped == 1);
 			(void)dropped;
 			pfn = past;
 		}
 	}
+	ctg_drop_end(&drop);
 	pin->nr_extents = 0;
 }
 
