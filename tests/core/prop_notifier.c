@@ -266,7 +266,8 @@ static void mirror_round(struct mirror *m)
 	memcpy(m->pfn, pfn, sizeof(pfn));
 	m->valid = true;
 	pthread_mutex_unlock(&m->lock);
-	for (unsigned i = 0; i < 4; i++) {
+	/* Long enough for something to be taken away meanwhile. */
+	for (unsigned i = 0; i < 50; i++) {
 		sched_yield();
 		pthread_mutex_lock(&m->lock);
 		if (m->valid)
@@ -351,7 +352,7 @@ static void test_mirrors(void **state)
 			pthread_create(&mirror[i].thread, NULL, mirror_thread, &mirror[i]), 0);
 	}
 	assert_int_equal(pthread_create(&giver, NULL, giver_thread, NULL), 0);
-	for (unsigned i = 0; i < 150 || ctg_load64_relaxed(&stage.moved) < 50; i++)
+	for (unsigned i = 0; i < 600 || ctg_load64_relaxed(&stage.moved) < 200; i++)
 		take_away(BASE + i % (KEPT + GIVEN));
 	while (ctg_load64_relaxed(&stage.used) < 100)
 		sched_yield();
