@@ -133,6 +133,14 @@ class Redis:
         self.process.wait(timeout=60)
 
 
+def bench_notifier(build, rounds):
+    lines = lines_of([f"{build}/bench/notifier", str(rounds)])
+    for what, name in (("insert", "insert"), ("remove", "remove"),
+                       ("invalidate", "invalidate one page, which one of them has"),
+                       ("invalidate_none", "invalidate one page, after all are removed")):
+        row(f"notifiers, one million: {name}", pick(lines, what), "ns")
+
+
 def bench_redis(build, rounds):
     contig = f"{build}/tools/contig/contig"
     plain, lent, during = [], [], []
@@ -179,7 +187,7 @@ def main():
     parser.add_argument("--build", required=True, help="a release build's folder")
     parser.add_argument("--json", metavar="FILE", help="write the rows there too")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", choices=["hugetlb", "memfd", "idle", "redis"])
+    parser.add_argument("--only", choices=["hugetlb", "memfd", "idle", "notifier", "redis"])
     args = parser.parse_args()
     if args.rounds < 1:
         parser.error("--rounds must be at least 1")
@@ -187,6 +195,7 @@ def main():
         "hugetlb": lambda: bench_take(args.build, args.rounds, "hugetlb", 1.25),
         "memfd": lambda: bench_take(args.build, args.rounds, "memfd", 2.5),
         "idle": lambda: bench_idle(args.build, args.rounds),
+        "notifier": lambda: bench_notifier(args.build, args.rounds),
         "redis": lambda: bench_redis(args.build, args.rounds),
     }
     for name, part in parts.items():

@@ -123,16 +123,21 @@ void ctg_frame_free(struct ctg *ctg, ctg_pfn_t pfn)
 	struct ctg_zone *zone = ctg_zone_of(ctg, pfn);
 	struct ctg_frame *frame = ctg_zone_frame(zone, pfn);
 	uint32_t info = ctg_load32_acquire(&frame->info);
+	uint64_t nr = (uint64_t)1 << ctg_info_order(info);
 	uint64_t w = ctg_xchg64_acq_rel(&frame->word, 0);
+	uint16_t group = frame->group;
 
 	CTG_ASSERT((w & ~CTG_WORD_FLAGS) == 0 || ctg_word_frozen(w));
 	CTG_ASSERT(ctg_info_state(info) == CTG_FRAME_USED ||
 		   ctg_info_state(info) == CTG_FRAME_ANON ||
 		   ctg_info_state(info) == CTG_FRAME_CONTIG);
+	frame->group = 0;
 	if (ctg_info_order(info) == 0 && ctg_info_state(info) != CTG_FRAME_CONTIG)
 		ctg_pcp_free(zone, pfn);
 	else
-		ctg_free_run(zone, pfn, (uint64_t)1 << ctg_info_order(info), false);
+		ctg_free_run(zone, pfn, nr, false);
+	/* Who is charged for it next will find it free. */
+	ctg_group_uncharge_index(ctg, group, nr);
 	/* Only now: whoever looks again is to find it free. */
 	if ((w & CTG_WORD_WAITERS) != 0)
 		ctg_frame_wake(ctg, pfn);

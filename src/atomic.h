@@ -69,6 +69,7 @@
 		return __atomic_exchange_n(&w->v, v, __ATOMIC_ACQ_REL);                            \
 	}
 
+CTG_DEFINE_ATOMICS(16, struct ctg_word16)
 CTG_DEFINE_ATOMICS(32, struct ctg_word32)
 CTG_DEFINE_ATOMICS(64, struct ctg_word64)
 
@@ -78,5 +79,9 @@ CTG_DEFINE_ATOMICS(64, struct ctg_word64)
  */
 #define ctg_hint_load(p) (CTG_SWITCH_POINT(), __atomic_load_n((p), __ATOMIC_RELAXED))
 #define ctg_hint_store(p, v) __atomic_store_n((p), (v), __ATOMIC_RELAXED)
+
+/* A pointer that leads to something just made, which is complete before it can be found. */
+#define ctg_pointer_acquire(p) (CTG_SWITCH_POINT(), __atomic_load_n((p), __ATOMIC_ACQUIRE))
+#define ctg_pointer_publish(p, v) __atomic_store_n((p), (v), __ATOMIC_RELEASE)
 
 #endif

@@ -499,6 +499,8 @@ int ctg_cma_alloc(
 	if (ret == 0)
 		ret = alloc_validated(&call, nr, pfn);
 	call.report.result = ret;
+	if (ret == -CTG_EBUSY)
+		ctg_pins_name(cma->ctg, &call.report);
 	if (request != NULL && request->report != NULL)
 		*request->report = call.report;
 	return ret;

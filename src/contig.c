@@ -592,6 +592,8 @@ int ctg_alloc_contig_range(
 		report.ns_total = ctg->port.now(ctg->port.host) - begun;
 	}
 	report.result = ret;
+	if (ret == -CTG_EBUSY)
+		ctg_pins_name(ctg, &report);
 	if (request != NULL && request->report != NULL)
 		*request->report = report;
 	return ret;

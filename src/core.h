@@ -115,7 +115,13 @@ struct ctg_frame {
 	};
 	uint64_t index; /* ANON: vpn at which the head is mapped, in every space of the family */
 	struct ctg_word32 info;
-	uint32_t spare;
+	/*
+	 * Whose account the pins of an ANON frame are on, written by whoever holds a verified pin (all
+	 * pins of one frame are one mm's, so racing writers agree); and which group it is charged
+	 * to, 0: none, written by the holder of its only count.
+	 */
+	struct ctg_word16 pin_account;
+	uint16_t group;
 };
 _Static_assert(sizeof(struct ctg_frame) == CTG_FRAME_METADATA_BYTES, "metadata of a frame");
 
@@ -170,6 +176,18 @@ struct ctg_zone {
 	struct ctg_pcp pcp[CTG_MAX_CPUS];
 };
 
+/* pin.c: accounts of pins, by index, and the ledger of handles. */
+#define CTG_PIN_CHUNK 64u
+#define CTG_PIN_CHUNKS 1024u
+struct ctg_pins {
+	struct ctg_lock lock; /* a leaf; held while the ledger is walked */
+	/* Accounts are never freed before the machine: chunks that exist stay. */
+	struct ctg_pin_account *accounts[CTG_PIN_CHUNKS];
+	uint32_t nr_accounts;  /* indexes that were ever used, the shared one included */
+	uint16_t free_account; /* first of those that are free; 0: none */
+	struct ctg_pin *oldest, *newest;
+};
+
 #define CTG_FRAME_WAITS 64
 struct ctg {
 	struct ctg_port port;
@@ -182,6 +200,9 @@ struct ctg {
 	struct ctg_batch *batches;    /* unmap.c: every address space's batch */
 	struct ctg_lock anons_lock;   /* a leaf: taken for a moment, nothing inside */
 	struct ctg_anon *anons;       /* rmap.c: families, in use or not */
+	struct ctg_pins pins;
+	struct ctg_lock groups_lock;  /* a leaf */
+	struct ctg_group *groups[CTG_MAX_GROUPS]; /* by index - 1; NULL: not in use */
 	/*
 	 * Sleepers on frames, by a hash of the pfn: a word that the waker raises. A sleeper sets
 	 * WAITERS in the frame's word, so that the one who leaves knows; see ctg_frame_wait.
@@ -223,6 +244,27 @@ int ctg_zone_lend(struct ctg_zone *zone, ctg_pfn_t pfn, uint64_t nr, enum ctg_mi
 void ctg_cma_destroy_all(struct ctg *ctg);
 /* rmap.c: likewise, every family */
 void ctg_anons_destroy(struct ctg *ctg);
+
+/* pin.c */
+int ctg_pins_init(struct ctg *ctg); /* 0 or -ENOMEM */
+void ctg_pins_destroy(struct ctg *ctg);
+/* The mm ends: its account and its handles live on while there are pins. */
+void ctg_pins_leave(struct ctg_mm *mm);
+/* Say in the report who pins the frame that it names, if the ledger knows. */
+void ctg_pins_name(struct ctg *ctg, struct ctg_alloc_report *report);
+
+/*
+ * group.c. A NULL group, or index 0, is nobody's: charged without end. Charge before the frames are
+ * allocated; a frame then says whom (frame->group of the head) until ctg_frame_free uncharges it.
+ */
+int ctg_group_charge(struct ctg_group *group, uint64_t nr); /* 0 or -ENOSPC */
+void ctg_group_uncharge(struct ctg_group *group, uint64_t nr);
+uint16_t ctg_group_index(const struct ctg_group *group);
+void ctg_group_uncharge_index(struct ctg *ctg, uint16_t index, uint64_t nr);
+void ctg_group_join(struct ctg_group *group); /* an address space of it begins */
+void ctg_group_leave(struct ctg_group *group);
+struct ctg *ctg_group_machine(const struct ctg_group *group);
+void ctg_groups_destroy(struct ctg *ctg);
 
 /* buddy.c: all of these take zone->lock themselves. A block is [pfn, pfn + 2^order), aligned. */
 /* Largest block of order max..min that suits gfp out of one zone; its head is USED, word 0. */
@@ -275,7 +317,7 @@ int ctg_alloc_run(struct ctg *ctg, unsigned max_order, unsigned min_order, unsig
 void ctg_split_used(struct ctg *ctg, ctg_pfn_t pfn, unsigned order);
 /*
  * Give back a block whose last count the caller has just dropped (its word has no counts left):
- * wakes waiters, clears the word, discards if the zone says so, frees.
+ * wakes waiters, clears the word, discards if the zone says so, frees, uncharges.
  */
 void ctg_frame_free(struct ctg *ctg, ctg_pfn_t pfn);
 /*
@@ -290,6 +332,9 @@ int ctg_frame_tryget(struct ctg_frame *frame);
 /* Drop one count of a kind (CTG_WORD_MAP1, PIN1, REF1) times nr; frees the frame if it was the
  * last, wakes waiters. */
 void ctg_frame_put(struct ctg *ctg, ctg_pfn_t pfn, uint64_t one, uint32_t nr);
+/* The same for PIN1 or REF1 on the word of a caller who may be wrong: drops at most what is there,
+ * and returns how many that was. */
+uint32_t ctg_frame_put_some(struct ctg *ctg, ctg_pfn_t pfn, uint64_t one, uint32_t nr);
 /* Freeze from exactly `map` mappings and `ref` references and no pin (flags as they may be).
  * true: frozen. false: *seen is the word that stood in the way. */
 bool ctg_frame_freeze(struct ctg_frame *frame, uint32_t map, uint32_t ref, uint64_t *seen);
@@ -331,7 +376,8 @@ struct ctg_migrate_stats {
  * Move every movable frame of [start, start + nr) elsewhere; the range is isolated by the caller,
  * so that nothing new is allocated there and what becomes free stays. Destinations come from
  * gfp (normally MOVABLE | SPILL), never from isolated blocks. A large frame that begins before or
- * ends after the range is moved whole.
+ * ends after the range is moved whole. One of order 18 moves to another such frame, if everybody
+ * maps it by one entry, or not at all: NO_MEMORY or MAP is then the obstacle.
  * rounds: how often to look again at frames that could not be moved (FAST 1, NORMAL some).
  * 0: nothing is left in the way; -EBUSY, -ENOMEM, -ETIMEDOUT, -EINTR otherwise, and *stats names
  * the obstacle. What has moved stays moved: that is invisible to its owners.

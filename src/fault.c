@@ -10,6 +10,7 @@
  */
 struct fill {
 	struct ctg_mm *mm;
+	unsigned gfp; /* beside what the mm's config says */
 	ctg_vpn_t vpn;
 	ctg_pfn_t pfn;
 	uint64_t nr;
@@ -49,6 +50,7 @@ static void fill_undo(const struct fill *fill)
 	const struct ctg_vrange range = {fill->vpn, fill->nr};
 	ctg_vpn_t vpn = range.vpn, end = range.vpn + range.nr;
 
+	ctg_notify_start(mm, &range, 1, CTG_NOTIFY_UNMAP, true);
 	ctg_mm_set_rights(mm, vpn, end, 0);
 	port->tlb_restrict(port->host, mm, &range, 1, CTG_TLB_INVALIDATE);
 	while (vpn < end) {
@@ -62,6 +64,7 @@ static void fill_undo(const struct fill *fill)
 	ctg_mm_set_rights(mm, range.vpn, end, fill->rights);
 	/* The table is as it was: this call must not fail. */
 	port->tlb_install(port->host, mm, &range, 1);
+	ctg_notify_end(mm);
 	ctg_pte_prune(mm, range.vpn, end);
 }
 
@@ -84,39 +87,9 @@ static void fill_install(struct fill *fill)
 
 /* ---- mapping new frames ---------------------------------------------------------------------- */
 
-/* Say whose a new frame is. Its only holder is the allocation's reference, or a stranger's glance.
- */
-static void frame_own(struct ctg_mm *mm, ctg_pfn_t pfn, ctg_vpn_t vpn)
-{
-	struct ctg_frame *frame = ctg_frame_of(mm->ctg, pfn);
-	uint32_t info = ctg_load32_relaxed(&frame->info);
-
-	frame->anon = mm->anon;
-	frame->index = vpn;
-	ctg_store32_release(
-		&frame->info, CTG_INFO(CTG_FRAME_ANON, ctg_info_order(info), ctg_info_mt(info), 0));
-}
-
 /*
- * Turn the allocation's reference into the mapping that the locked entry is about to be. A
- * migration that sees the count under the table's lock sees the entry too.
- */
-static void frame_map(struct ctg_mm *mm, ctg_pfn_t pfn)
-{
-	struct ctg_frame *frame = ctg_frame_of(mm->ctg, pfn);
-	uint64_t word = ctg_add64_acq_rel(&frame->word, CTG_WORD_MAP1 - CTG_WORD_REF1);
-
-	CTG_ASSERT(!ctg_word_frozen(word) && ctg_word_ref(word) != 0 && ctg_word_map(word) == 0);
-	/* Somebody sleeps until a reference leaves: one has. */
-	if ((word & CTG_WORD_WAITERS) != 0) {
-		ctg_and64_acq_rel(&frame->word, ~CTG_WORD_WAITERS);
-		ctg_frame_wake(mm->ctg, pfn);
-	}
-}
-
-/*
- * Map 2^order frames at vpn, where every entry is RESERVED at `level`: one entry of level 1, or
- * 2^order of level 0 with a frame each.
+ * Map 2^order frames at vpn, where every entry is RESERVED at `level`: one entry of level 1 or 2,
+ * or 2^order of level 0 with a frame each.
  */
 static void fill_map(
 	struct fill *fill, ctg_vpn_t vpn, ctg_pfn_t pfn, unsigned order, unsigned level)
@@ -128,11 +101,11 @@ static void fill_map(
 	uint64_t rights = 0;
 
 	for (uint64_t i = 0; i < nr; i += step)
-		frame_own(mm, pfn + i, vpn + i);
+		ctg_anon_own(mm->ctg, mm->anon, pfn + i, vpn + i);
 	while (ctg_pte_walk_next(&walk)) {
 		CTG_ASSERT(walk.ref.level == level && (walk.ref.entry & CTG_PTE_RESERVED) != 0);
 		rights = walk.ref.entry & CTG_PTE_RIGHTS;
-		frame_map(mm, pfn + (walk.vpn - vpn));
+		ctg_anon_map(mm->ctg, pfn + (walk.vpn - vpn));
 		ctg_pte_set(&walk.ref, ctg_pte(pfn + (walk.vpn - vpn), CTG_PTE_PRESENT | rights));
 	}
 	ctg_add64_relaxed(&mm->nr_present, nr);
@@ -147,24 +120,23 @@ static void fill_map(
 	fill->nr += nr;
 }
 
-static unsigned fill_gfp(const struct fill *fill)
+/* The highest level at which the mm maps a frame by one entry. */
+static unsigned frame_level(const struct ctg_mm *mm)
 {
-	return fill->mm->config.gfp | CTG_GFP_MOVABLE | CTG_GFP_ZERO;
+	return mm->config.max_order == CTG_MAX_ORDER ? 2 : 1;
 }
 
-/* Back the slot of 2 MiB at vpn, which is RESERVED as a whole, with one frame. */
-static int fill_large(struct fill *fill, ctg_vpn_t vpn)
+/* Back the slot of this level at vpn, which is RESERVED as a whole, with one frame. */
+static int fill_whole(struct fill *fill, ctg_vpn_t vpn, unsigned level)
 {
-	struct ctg *ctg = fill->mm->ctg;
-	unsigned order;
+	unsigned order = level * CTG_PAGEBLOCK_ORDER;
 	ctg_pfn_t pfn;
-	int ret = ctg_pte_split_to(fill->mm, vpn, 1);
+	int ret = ctg_pte_split_to(fill->mm, vpn, level);
 
 	if (ret == 0)
-		ret = ctg_alloc_run(ctg, CTG_PAGEBLOCK_ORDER, CTG_PAGEBLOCK_ORDER, fill_gfp(fill),
-			&pfn, &order);
+		ret = ctg_anon_alloc(fill->mm, order, order, fill->gfp, &pfn, &order);
 	if (ret == 0)
-		fill_map(fill, vpn, pfn, CTG_PAGEBLOCK_ORDER, 1);
+		fill_map(fill, vpn, pfn, order, level);
 	return ret;
 }
 
@@ -192,19 +164,17 @@ static unsigned reserved_order(struct ctg_mm *mm, ctg_vpn_t vpn, uint64_t nr)
 /* Back the page at vpn and some of those that follow, nr at most, with a run of small frames. */
 static int fill_small(struct fill *fill, ctg_vpn_t vpn, uint64_t nr, uint64_t *done)
 {
-	struct ctg *ctg = fill->mm->ctg;
 	unsigned order;
 	ctg_pfn_t pfn;
 	int ret = ctg_pte_split_to(fill->mm, vpn, 0);
 
 	if (ret != 0)
 		return ret;
-	ret = ctg_alloc_run(
-		ctg, reserved_order(fill->mm, vpn, nr), 0, fill_gfp(fill), &pfn, &order);
+	ret = ctg_anon_alloc(
+		fill->mm, reserved_order(fill->mm, vpn, nr), 0, fill->gfp, &pfn, &order);
 	if (ret != 0)
 		return ret;
-	if (order != 0)
-		ctg_split_used(ctg, pfn, order);
+	ctg_anon_split(fill->mm->ctg, pfn, order);
 	*done = (uint64_t)1 << order;
 	fill_map(fill, vpn, pfn, order, 0);
 	return 0;
@@ -218,15 +188,20 @@ static int fill_some(
 	struct fill *fill, ctg_vpn_t vpn, ctg_vpn_t end, unsigned level, uint64_t *done)
 {
 	ctg_vpn_t slot_end = (vpn | (CTG_PAGEBLOCK_FRAMES - 1)) + 1;
-	int ret;
+	int ret = -CTG_ENOMEM;
 
-	if (level != 0 && slot_end - vpn == CTG_PAGEBLOCK_FRAMES && slot_end <= end) {
-		*done = CTG_PAGEBLOCK_FRAMES;
-		ret = fill_large(fill, vpn);
-		if (ret == 0 || fill->mm->config.map_order != 0)
-			return ret;
+	if (level > frame_level(fill->mm))
+		level = frame_level(fill->mm);
+	for (; level != 0; level--) {
+		*done = ctg_level_pages(level);
+		if ((vpn & (*done - 1)) != 0 || *done > end - vpn)
+			continue;
+		ret = fill_whole(fill, vpn, level);
+		if (ret == 0)
+			return 0;
 	}
-	CTG_ASSERT(fill->mm->config.map_order == 0);
+	if (fill->mm->config.map_order != 0)
+		return ret;
 	return fill_small(fill, vpn, (slot_end < end ? slot_end : end) - vpn, done);
 }
 
@@ -256,7 +231,7 @@ static uint64_t present_pages(const struct ctg_mm *mm, ctg_vpn_t vpn, ctg_vpn_t 
 static int fill_range(struct ctg_mm *mm, ctg_vpn_t vpn, ctg_vpn_t end)
 {
 	const struct ctg_port *port = &mm->ctg->port;
-	struct fill fill = {.mm = mm};
+	struct fill fill = {.mm = mm, .gfp = CTG_GFP_ZERO};
 	ctg_vpn_t pause = vpn + FILL_PAGES;
 	bool hole = false;
 	int ret = 0;
@@ -309,15 +284,17 @@ int ctg_mm_populate(struct ctg_mm *mm, ctg_vpn_t vpn, uint64_t nr, uint64_t *nr_
  * The largest frame that suits: a large one if the slot has nothing yet, else one page. mm->lock
  * held; the page is RESERVED.
  */
-static int fault_fill(struct ctg_mm *mm, ctg_vpn_t vpn, unsigned level)
+static int fault_fill(struct ctg_mm *mm, ctg_vpn_t vpn, unsigned level, unsigned gfp)
 {
-	struct fill fill = {.mm = mm};
+	struct fill fill = {.mm = mm, .gfp = CTG_GFP_ZERO | gfp};
 	ctg_vpn_t slot = vpn & ~(CTG_PAGEBLOCK_FRAMES - 1);
 	uint64_t done;
 	int ret = -CTG_ENOMEM;
 
-	if (level != 0)
-		ret = fill_large(&fill, slot);
+	if (level > frame_level(mm))
+		level = frame_level(mm);
+	for (; ret != 0 && level != 0; level--)
+		ret = fill_whole(&fill, vpn & ~(ctg_level_pages(level) - 1), level);
 	if (ret != 0 && mm->config.map_order == 0)
 		ret = fill_small(&fill, vpn, 1, &done);
 	fill_install(&fill);
@@ -342,17 +319,23 @@ static int fault_once(struct ctg_mm *mm, ctg_vpn_t vpn, bool write, uint32_t *mo
 
 	*moved = ctg_load32_acquire(&mm->moved);
 	entry = ctg_pte_read(mm, vpn, &level);
-	if ((entry & CTG_PTE_PRESENT) != 0 && access_allowed(entry, write))
-		return write && (entry & CTG_PTE_MOVING) != 0 ? -CTG_EAGAIN : 0;
+	if ((entry & CTG_PTE_PRESENT) != 0 && access_allowed(entry, write)) {
+		if (!write || (entry & (CTG_PTE_MOVING | CTG_PTE_COW)) == 0)
+			return 0;
+		if ((entry & CTG_PTE_MOVING) != 0)
+			return -CTG_EAGAIN;
+	}
 	ctg_lock(&mm->ctg->port, &mm->lock);
 	*moved = ctg_load32_acquire(&mm->moved);
 	entry = ctg_pte_read(mm, vpn, &level);
 	if (!access_allowed(entry, write))
 		ret = -CTG_EFAULT;
 	else if ((entry & CTG_PTE_RESERVED) != 0)
-		ret = fault_fill(mm, vpn, level);
+		ret = fault_fill(mm, vpn, level, 0);
 	else if (write && (entry & CTG_PTE_MOVING) != 0)
 		ret = -CTG_EAGAIN;
+	else if (write && (entry & CTG_PTE_COW) != 0)
+		ret = ctg_cow_break(mm, vpn, 0);
 	ctg_unlock(&mm->ctg->port, &mm->lock);
 	return ret;
 }
@@ -377,5 +360,22 @@ int ctg_handle_fault(struct ctg_mm *mm, ctg_vpn_t vpn, bool write)
 		if (ret == -CTG_EINTR)
 			break;
 	}
+	return ret;
+}
+
+int ctg_fault_in(struct ctg_mm *mm, ctg_vpn_t vpn, bool longterm)
+{
+	const struct ctg_port *port = &mm->ctg->port;
+	unsigned level;
+	uint64_t entry;
+	int ret = 0;
+
+	ctg_lock(port, &mm->lock);
+	entry = ctg_pte_read(mm, vpn, &level);
+	if (!access_allowed(entry, false))
+		ret = -CTG_EFAULT;
+	else if ((entry & CTG_PTE_RESERVED) != 0)
+		ret = fault_fill(mm, vpn, level, longterm ? CTG_GFP_NO_CMA | CTG_GFP_SPILL : 0);
+	ctg_unlock(port, &mm->lock);
 	return ret;
 }

@@ -79,6 +79,23 @@ void ctg_frame_put(struct ctg *ctg, ctg_pfn_t pfn, uint64_t one, uint32_t nr)
 	holder_left(ctg, pfn, old, (old - one * nr) & ~CTG_WORD_FLAGS);
 }
 
+uint32_t ctg_frame_put_some(struct ctg *ctg, ctg_pfn_t pfn, uint64_t one, uint32_t nr)
+{
+	struct ctg_frame *frame = ctg_frame_of(ctg, pfn);
+	uint64_t w = ctg_load64_relaxed(&frame->word);
+	uint32_t some;
+
+	do {
+		uint32_t has = one == CTG_WORD_PIN1 ? ctg_word_pin(w) : ctg_word_ref(w);
+
+		some = has < nr ? has : nr;
+		if (some == 0 || ctg_word_frozen(w))
+			return 0;
+	} while (!ctg_cas64_acq_rel(&frame->word, &w, w - one * some));
+	holder_left(ctg, pfn, w, (w - one * some) & ~CTG_WORD_FLAGS);
+	return some;
+}
+
 int ctg_free_frames(struct ctg *ctg, ctg_pfn_t pfn)
 {
 	struct ctg_zone *zone;

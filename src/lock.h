@@ -17,8 +17,14 @@
  *                   address space of a family, under anon->lock, in the order of its list. No
  *                   hook is called under it
  *   mm->spare_lock  the tables that are not in the tree; a leaf
+ *   mm->notifiers->lock  who is told, and how many invalidations are under way; a leaf, not held
+ *                   over callbacks. A callback takes a lock of the client's, outside which is
+ *                   mm->lock or anon->lock: so under that lock the client may look entries up and
+ *                   ask for sequences, and no more
  *   pcp->lock       one CPU's cached frames of one zone; held across discard
  *   ctg->anons_lock the list of families
+ *   ctg->groups_lock the table of groups; a leaf
+ *   ctg->pins.lock  accounts of pins and the ledger; a leaf, held while the ledger is walked
  *   zone->lock      free lists, pageblocks and their summaries. No hook is called under it but
  *                   trace
  *

@@ -27,6 +27,10 @@ int ctg_create(const struct ctg_port *port, struct ctg **out)
 	if (ctg == NULL)
 		return -CTG_ENOMEM;
 	ctg->port = *port;
+	if (ctg_pins_init(ctg) != 0) {
+		port->meta_free(port->host, ctg, sizeof(*ctg));
+		return -CTG_ENOMEM;
+	}
 	*out = ctg;
 	return 0;
 }
@@ -39,6 +43,8 @@ void ctg_destroy(struct ctg *ctg)
 		return;
 	ctg_cma_destroy_all(ctg);
 	ctg_anons_destroy(ctg);
+	ctg_groups_destroy(ctg);
+	ctg_pins_destroy(ctg);
 	port = ctg->port;
 	for (unsigned i = 0; i < ctg->nr_zones; i++)
 		port.meta_free(port.host, ctg->zones[i], sizeof(*ctg->zones[i]));

@@ -222,7 +222,7 @@ static ctg_pfn_t gather_spilled(struct home *home, ctg_pfn_t pfn, ctg_pfn_t end,
 	uint32_t info;
 
 	for (; next_head(moves->zone, &pfn, end, &info); pfn += ctg_info_step(info)) {
-		if (home->moved + moves->nr_pages >= home->budget)
+		if (home->moved + moves->nr_frames >= home->budget)
 			return pfn;
 		if (ctg_info_state(info) != CTG_FRAME_ANON || (ctg_info_order(info) != 0) != large)
 			continue;

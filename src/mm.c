@@ -16,24 +16,29 @@ static bool prot_valid(unsigned prot)
 	return (prot & ~(unsigned)(CTG_PROT_READ | CTG_PROT_WRITE)) == 0;
 }
 
-static bool config_valid(const struct ctg_mm_config *config)
+static bool config_valid(const struct ctg *ctg, const struct ctg_mm_config *config)
 {
 	const unsigned only = CTG_GFP_NO_CMA | CTG_GFP_NO_ORDINARY;
 
 	if ((config->gfp & ~(only | CTG_GFP_SPILL)) != 0 || (config->gfp & only) == only)
 		return false;
+	if (config->group != NULL && ctg_group_machine(config->group) != ctg)
+		return false;
+	if (config->max_order != 0 && config->max_order != CTG_PAGEBLOCK_ORDER &&
+		config->max_order != CTG_MAX_ORDER)
+		return false;
 	return config->map_order == 0 || config->map_order == CTG_PAGEBLOCK_ORDER;
 }
 
-int ctg_mm_create(struct ctg *ctg, const struct ctg_mm_config *config, struct ctg_mm **out)
+int ctg_mm_make(struct ctg *ctg, const struct ctg_mm_config *config, struct ctg_mm *relative,
+	struct ctg_mm **out)
 {
-	const struct ctg_port *port;
+	const struct ctg_port *port = &ctg->port;
 	struct ctg_mm *mm;
 	int ret;
 
-	if (ctg == NULL || config == NULL || out == NULL || !config_valid(config))
+	if (!config_valid(ctg, config))
 		return -CTG_EINVAL;
-	port = &ctg->port;
 	mm = port->meta_alloc(port->host, sizeof(*mm), _Alignof(struct ctg_mm));
 	if (mm == NULL)
 		return -CTG_ENOMEM;
@@ -42,9 +47,10 @@ int ctg_mm_create(struct ctg *ctg, const struct ctg_mm_config *config, struct ct
 	ret = ctg_pt_init(mm);
 	if (ret != 0)
 		goto free_mm;
-	ret = ctg_anon_join(mm, NULL);
+	ret = ctg_anon_join(mm, relative);
 	if (ret != 0)
 		goto free_tables;
+	ctg_group_join(config->group);
 	ctg_batch_init(mm);
 	*out = mm;
 	return 0;
@@ -56,8 +62,16 @@ free_mm:
 	return ret;
 }
 
+int ctg_mm_create(struct ctg *ctg, const struct ctg_mm_config *config, struct ctg_mm **out)
+{
+	if (ctg == NULL || config == NULL || out == NULL)
+		return -CTG_EINVAL;
+	return ctg_mm_make(ctg, config, NULL, out);
+}
+
 void ctg_mm_destroy(struct ctg_mm *mm, bool dead)
 {
+	const struct ctg_vrange all = {0, CTG_MM_MAX_VPN};
 	const struct ctg_port *port;
 
 	if (mm == NULL)
@@ -67,13 +81,18 @@ void ctg_mm_destroy(struct ctg_mm *mm, bool dead)
 	ctg_lock(port, &mm->batch.lock);
 	mm->batch.dead = dead;
 	ctg_unlock(port, &mm->batch.lock);
+	ctg_notify_start(mm, &all, 1, CTG_NOTIFY_EXIT, true);
 	ctg_unmap_range(mm, 0, CTG_MM_MAX_VPN, false);
+	ctg_notify_end(mm);
 	ctg_unlock(port, &mm->lock);
 	CTG_ASSERT(ctg_load64_relaxed(&mm->nr_present) == 0);
 	ctg_batch_destroy(mm);
 	/* A walk of the family may be looking at the tables until this returns. */
 	ctg_anon_leave(mm);
+	ctg_notifiers_leave(mm);
+	ctg_pins_leave(mm);
 	ctg_pt_destroy(mm);
+	ctg_group_leave(mm->config.group);
 	port->meta_free(port->host, mm, sizeof(*mm));
 }
 
@@ -193,17 +212,26 @@ int ctg_mmap(struct ctg_mm *mm, ctg_vpn_t vpn, uint64_t nr, unsigned prot)
 	return ret;
 }
 
-static int unmap(struct ctg_mm *mm, ctg_vpn_t vpn, uint64_t nr, bool reserve)
+/* A split that was made for nothing is not seen by who looks pages up. */
+static int unmap(struct ctg_mm *mm, ctg_vpn_t vpn, uint64_t nr, bool reserve, bool blockable)
 {
+	const struct ctg_vrange range = {vpn, nr};
 	ctg_vpn_t end = vpn + nr;
 	int ret;
 
 	if (!ctg_mm_range_valid(mm, vpn, nr))
 		return -CTG_EINVAL;
-	ctg_lock(&mm->ctg->port, &mm->lock);
+	if (blockable)
+		ctg_lock(&mm->ctg->port, &mm->lock);
+	else if (!ctg_trylock(&mm->lock))
+		return -CTG_EAGAIN;
 	ret = split_edges(mm, vpn, end);
 	if (ret == 0)
+		ret = ctg_notify_start(mm, &range, 1, CTG_NOTIFY_UNMAP, blockable);
+	if (ret == 0) {
 		ctg_unmap_range(mm, vpn, nr, reserve);
+		ctg_notify_end(mm);
+	}
 	ctg_pte_prune(mm, vpn, end);
 	ctg_unlock(&mm->ctg->port, &mm->lock);
 	return ret;
@@ -211,12 +239,17 @@ static int unmap(struct ctg_mm *mm, ctg_vpn_t vpn, uint64_t nr, bool reserve)
 
 int ctg_munmap(struct ctg_mm *mm, ctg_vpn_t vpn, uint64_t nr)
 {
-	return unmap(mm, vpn, nr, false);
+	return unmap(mm, vpn, nr, false, true);
 }
 
 int ctg_madvise_dontneed(struct ctg_mm *mm, ctg_vpn_t vpn, uint64_t nr)
 {
-	return unmap(mm, vpn, nr, true);
+	return unmap(mm, vpn, nr, true, true);
+}
+
+int ctg_madvise_dontneed_nonblock(struct ctg_mm *mm, ctg_vpn_t vpn, uint64_t nr)
+{
+	return unmap(mm, vpn, nr, true, false);
 }
 
 /* ---- mprotect -------------------------------------------------------------------------------- */
@@ -280,24 +313,35 @@ void ctg_mm_set_rights(struct ctg_mm *mm, ctg_vpn_t vpn, ctg_vpn_t end, uint64_t
 	}
 }
 
+/* The wider rights may have been looked up meanwhile: taking them back is narrowing. */
+static void protect_undo(struct protect *p)
+{
+	const struct ctg_port *port = &p->mm->ctg->port;
+
+	ctg_notify_start(p->mm, &p->range, 1, CTG_NOTIFY_PROTECT, true);
+	for (size_t i = 0; i < p->nr_old; i++)
+		ctg_mm_set_rights(
+			p->mm, p->old[i].vpn, p->old[i].vpn + p->old[i].nr, p->old[i].rights);
+	port->tlb_install(port->host, p->mm, &p->range, 1);
+	ctg_notify_end(p->mm);
+}
+
 /* mm->lock held. The edges are split and the old rights listed: only the port can fail now. */
 static int protect_apply(struct protect *p)
 {
 	const struct ctg_port *port = &p->mm->ctg->port;
 	int ret;
 
+	if (p->narrows)
+		ctg_notify_start(p->mm, &p->range, 1, CTG_NOTIFY_PROTECT, true);
 	ctg_mm_set_rights(p->mm, p->range.vpn, p->range.vpn + p->range.nr, p->rights);
 	if (p->narrows)
 		port->tlb_restrict(port->host, p->mm, &p->range, 1, CTG_TLB_INVALIDATE);
-	if (!p->widens)
-		return 0;
-	ret = port->tlb_install(port->host, p->mm, &p->range, 1);
-	if (ret == 0)
-		return 0;
-	for (size_t i = 0; i < p->nr_old; i++)
-		ctg_mm_set_rights(
-			p->mm, p->old[i].vpn, p->old[i].vpn + p->old[i].nr, p->old[i].rights);
-	port->tlb_install(port->host, p->mm, &p->range, 1);
+	ret = p->widens ? port->tlb_install(port->host, p->mm, &p->range, 1) : 0;
+	if (p->narrows)
+		ctg_notify_end(p->mm);
+	if (ret != 0)
+		protect_undo(p);
 	return ret;
 }
 
@@ -339,7 +383,7 @@ int ctg_mprotect(struct ctg_mm *mm, ctg_vpn_t vpn, uint64_t nr, unsigned prot)
 /* ---- what is there --------------------------------------------------------------------------- */
 
 /* The bits of an entry in which the pages of a run agree. */
-#define ALIKE (CTG_PTE_PRESENT | CTG_PTE_RESERVED | CTG_PTE_RIGHTS | CTG_PTE_MOVING)
+#define ALIKE (CTG_PTE_PRESENT | CTG_PTE_RESERVED | CTG_PTE_RIGHTS | CTG_PTE_MOVING | CTG_PTE_COW)
 
 /* The frame of vpn, if the entry that governs it is PRESENT. */
 static ctg_pfn_t page_pfn(uint64_t entry, ctg_vpn_t vpn, unsigned level)
@@ -365,7 +409,7 @@ int ctg_mm_lookup(struct ctg_mm *mm, ctg_vpn_t vpn, uint64_t max_nr, struct ctg_
 		out->pfn = page_pfn(first, vpn, level);
 		if ((first & CTG_PTE_READ) != 0)
 			out->prot |= CTG_PROT_READ;
-		if ((first & CTG_PTE_WRITE) != 0 && !out->moving)
+		if ((first & CTG_PTE_WRITE) != 0 && (first & CTG_PTE_COW) == 0 && !out->moving)
 			out->prot |= CTG_PROT_WRITE;
 	}
 	for (next = next_slot(vpn, end, level); next < end; next = next_slot(next, end, level)) {

@@ -2,6 +2,7 @@
 /*
  * Moving a batch of frames under the eyes of those who use them.
  *
+ *   tell      those who mirror the pages let go of them
  *   mark      every entry of a source becomes MOVING: writes through it will fault and wait
  *   get       destinations (and tables, for large frames that go in pieces)
  *   restrict  the port makes sure that no write is possible; reads go on
@@ -95,15 +96,16 @@ static struct entries entries_of(
 }
 
 /*
- * A large frame is one entry of level 1, or pieces of level 0; a small one is at level 0. Entries
- * of a higher level cannot be PRESENT, and nothing of the family's is below them. The slot may be
- * in other use by now: an entry is ours only if it says our frame.
+ * A large frame is one entry of level 1, or pieces of level 0; a small one is at level 0. A huge
+ * one is one entry of level 2: where it is in pieces these are not looked for, so that it is never
+ * frozen, and stays. The slot may be in other use by now: an entry is ours only if it says our
+ * frame.
  */
 static bool next_in_space(struct entries *e)
 {
 	const struct ctg_pte_ref *slot = &e->mm->slot;
 
-	if (slot->table == NULL || slot->level > 1)
+	if (slot->table == NULL || (slot->level > 1) != e->m->huge)
 		return false;
 	while (e->next < ctg_move_pages(e->m)) {
 		unsigned index = slot->index;
@@ -139,6 +141,67 @@ static bool next_entry(struct entries *e)
 static uint64_t entry_flags(uint64_t entry)
 {
 	return entry & (((uint64_t)1 << CTG_PTE_PFN_SHIFT) - 1);
+}
+
+/* Add a range to nr that do not begin above it. Returns how many there are then; none overlap. */
+static size_t add_range(struct ctg_vrange *range, size_t nr, ctg_vpn_t vpn, uint64_t pages)
+{
+	struct ctg_vrange *last = nr != 0 ? &range[nr - 1] : NULL;
+
+	if (last == NULL || last->vpn + last->nr < vpn)
+		range[nr++] = (struct ctg_vrange){vpn, pages};
+	else if (last->vpn + last->nr < vpn + pages)
+		last->nr = vpn + pages - last->vpn;
+	return nr;
+}
+
+/* ---- tell -------------------------------------------------------------------------------- */
+
+/*
+ * Does an entry of mm say the frame? Looked up without a lock: entries for a frame that is mapped
+ * do not come into being but by a fork, in a child that nobody can mirror before it is done.
+ */
+static bool space_says(struct ctg_mm *mm, const struct ctg_move *m)
+{
+	ctg_vpn_t vpn = m->vpn, end = m->vpn + ctg_move_frames(m);
+
+	while (vpn < end) {
+		unsigned level;
+		uint64_t entry = ctg_pte_read(mm, vpn, &level);
+
+		if ((entry & CTG_PTE_PRESENT) != 0 &&
+			ctg_pte_pfn(entry) - m->src < ctg_move_frames(m))
+			return true;
+		vpn = (vpn | (ctg_level_pages(level) - 1)) + 1;
+	}
+	return false;
+}
+
+/*
+ * Who has ever been asked to tell is told of the beginning and the end, whatever its pages are: the
+ * family's lock keeps that as it is, and the list of address spaces too.
+ */
+static void notify_start(struct ctg_moves *b)
+{
+	for (struct ctg_mm *mm = b->anon->mms; mm != NULL; mm = mm->family_next) {
+		size_t nr = 0;
+
+		if (mm->notifiers == NULL)
+			continue;
+		for (unsigned i = b->from; i < b->to; i++) {
+			const struct ctg_move *m = &b->move[i];
+
+			if (space_says(mm, m))
+				nr = add_range(b->range, nr, m->vpn, ctg_move_frames(m));
+		}
+		ctg_notify_start(mm, b->range, nr, CTG_NOTIFY_MIGRATE, true);
+	}
+}
+
+static void notify_end(struct ctg_moves *b)
+{
+	for (struct ctg_mm *mm = b->anon->mms; mm != NULL; mm = mm->family_next)
+		ctg_notify_end(mm);
 }
 
 /* ---- mark -------------------------------------------------------------------------------- */
@@ -185,8 +248,8 @@ static void flush_unaccounted(struct ctg_moves *b)
 			continue;
 		if (m->src < low)
 			low = m->src;
-		if (m->src + ctg_move_pages(m) > high)
-			high = m->src + ctg_move_pages(m);
+		if (m->src + ctg_move_frames(m) > high)
+			high = m->src + ctg_move_frames(m);
 	}
 	if (low < high)
 		ctg_batches_flush(b->ctg, low, high - low);
@@ -229,31 +292,38 @@ static void slot_add(struct slot *slot, const struct ctg_moves *b, const struct 
 	}
 }
 
-/* Append the runs of a slot to nr ranges, which lie below it. Returns how many there are then. */
+/* Append the runs of a slot to nr ranges, none of which begins above it. Returns how many then. */
 static size_t slot_ranges(const struct slot *slot, struct ctg_vrange *range, size_t nr)
 {
 	for (unsigned bit = 0; bit < CTG_PAGEBLOCK_FRAMES; bit++) {
 		uint64_t rest = slot->pages[bit / 64] >> bit % 64;
-		ctg_vpn_t vpn;
 
 		if (rest == 0) {
 			bit |= 63;
 			continue;
 		}
 		bit += (unsigned)__builtin_ctzll(rest);
-		vpn = slot->vpn + bit;
-		if (nr != 0 && range[nr - 1].vpn + range[nr - 1].nr == vpn)
-			range[nr - 1].nr++;
-		else
-			range[nr++] = (struct ctg_vrange){vpn, 1};
+		nr = add_range(range, nr, slot->vpn + bit, 1);
 	}
 	return nr;
 }
 
 /*
+ * Add a huge move, which is mapped whole. Only where a bit stands for many members does it share
+ * pages with other moves; their ranges that do not begin below it lie within it.
+ */
+static size_t huge_range(const struct ctg_move *m, struct ctg_vrange *range, size_t nr)
+{
+	while (nr != 0 && range[nr - 1].vpn >= m->vpn)
+		nr--;
+	return add_range(range, nr, m->vpn, ctg_move_frames(m));
+}
+
+/*
  * The pages of one member on which the port holds writers back, or is to do so. Slot by slot,
  * because pages of a large frame that were given up may have been mapped anew, to frames that move
- * too: so the pages of several moves may alternate.
+ * too: so the pages of several moves may alternate. After a fork several frames are at one address,
+ * of different members: where a bit stands for many of these, pages in common are said once.
  */
 static size_t collect_ranges(struct ctg_moves *b, unsigned member)
 {
@@ -266,11 +336,14 @@ static size_t collect_ranges(struct ctg_moves *b, unsigned member)
 
 		if (!m->restricted || (m->members & ctg_move_member(member)) == 0)
 			continue;
-		if (vpn != slot.vpn) {
+		if (vpn != slot.vpn || m->huge) {
 			nr = slot_ranges(&slot, b->range, nr);
 			slot = (struct slot){.vpn = vpn};
 		}
-		slot_add(&slot, b, m);
+		if (m->huge)
+			nr = huge_range(m, b->range, nr);
+		else
+			slot_add(&slot, b, m);
 	}
 	return slot_ranges(&slot, b->range, nr);
 }
@@ -315,12 +388,12 @@ static size_t collect_runs(struct ctg_moves *b, enum ctg_move_state state, uint6
 
 			if (dst == CTG_PFN_NONE)
 				continue;
-			++*nr_pages;
+			*nr_pages += ctg_move_step(m);
 			if (last != NULL && last->src + last->nr == src &&
 				last->dst + last->nr == dst)
-				last->nr++;
+				last->nr += ctg_move_step(m);
 			else
-				b->run[nr++] = (struct ctg_copy_run){dst, src, 1};
+				b->run[nr++] = (struct ctg_copy_run){dst, src, ctg_move_step(m)};
 		}
 	}
 	return nr;
@@ -341,27 +414,16 @@ static void copy(struct ctg_moves *b)
 
 /* ---- switch ------------------------------------------------------------------------------ */
 
-/* Say whose a destination is. We hold its only reference, but for a stranger's glance. */
-static void own(struct ctg_moves *b, const struct ctg_move *m, ctg_pfn_t pfn, ctg_vpn_t vpn)
-{
-	struct ctg_frame *frame = ctg_frame_of(b->ctg, pfn);
-	uint32_t info = ctg_load32_relaxed(&frame->info);
-
-	frame->anon = m->anon;
-	frame->index = vpn;
-	ctg_store32_release(
-		&frame->info, CTG_INFO(CTG_FRAME_ANON, ctg_info_order(info), ctg_info_mt(info), 0));
-}
-
+/* Say whose the destinations are. We hold their only references, but for a stranger's glance. */
 static void own_destinations(struct ctg_moves *b, const struct ctg_move *m)
 {
 	if (m->whole != CTG_PFN_NONE) {
-		own(b, m, m->whole, m->vpn);
+		ctg_anon_own(b->ctg, m->anon, m->whole, m->vpn);
 		return;
 	}
 	for (unsigned page = 0; page < ctg_move_pages(m); page++)
 		if (b->dst[m->first + page] != CTG_PFN_NONE)
-			own(b, m, b->dst[m->first + page], m->vpn + page);
+			ctg_anon_own(b->ctg, m->anon, b->dst[m->first + page], m->vpn + page);
 }
 
 /* The frame whose word counts the mappings of a page's destination. */
@@ -406,11 +468,22 @@ static void switch_entry(struct ctg_moves *b, const struct ctg_move *m, struct e
 static void switch_one(struct ctg_moves *b, struct ctg_move *m)
 {
 	struct entries e = entries_of(b, m, NULL);
+	bool shared = false;
 
 	m->entries = 0;
 	while (next_entry(&e)) {
-		CTG_ASSERT((e.ref.entry & CTG_PTE_MOVING) != 0);
-		m->entries++;
+		if ((e.ref.entry & CTG_PTE_MOVING) != 0)
+			m->entries++;
+		else
+			shared = true;
+	}
+	if (shared) {
+		/*
+		 * A fork has come in between. Its child, whose entry is not MOVING and whose
+		 * port has not been asked to hold writers back, keeps the frame where it is.
+		 */
+		m->seen = ctg_move_word(b, m);
+		return;
 	}
 	if (m->entries == 0) { /* unmapped meanwhile: it is free when its last holder has gone */
 		m->state = CTG_MOVE_NONE;
@@ -446,14 +519,14 @@ static void switch_all(struct ctg_moves *b)
 
 /* ---- install ----------------------------------------------------------------------------- */
 
-/* Drop a mapping of a frame that we hold a reference on, unless somebody has pinned it. */
-static bool drop_unpinned(struct ctg_frame *frame)
+/* Drop a mapping of a frame that we hold a reference on, unless somebody else holds it, too. */
+static bool drop_unheld(struct ctg_frame *frame)
 {
 	uint64_t word = ctg_load64_relaxed(&frame->word);
 
 	do {
 		CTG_ASSERT(!ctg_word_frozen(word) && ctg_word_map(word) != 0);
-		if (ctg_word_pin(word) != 0)
+		if (ctg_word_pin(word) != 0 || ctg_word_ref(word) > 1)
 			return false;
 	} while (!ctg_cas64_acq_rel(&frame->word, &word, word - CTG_WORD_MAP1));
 	return true;
@@ -471,8 +544,9 @@ static void thaw(struct ctg_frame *frame, uint64_t counts)
 
 /*
  * The port could not install: point the entries back to the source. Not if they are installed in
- * another address space, where they may have been written to, and not where somebody has pinned
- * the destination.
+ * another address space, where they may have been written to, not where somebody holds the
+ * destination, and not those of a child that was forked since: it shares the destination, copy-on-
+ * write, with entries that say the source again, which has the same contents.
  */
 static void put_back_one(struct ctg_moves *b, struct ctg_move *m)
 {
@@ -482,10 +556,19 @@ static void put_back_one(struct ctg_moves *b, struct ctg_move *m)
 	if ((m->members & b->installing) == 0 || (m->members & b->installed) != 0)
 		return;
 	while (next_entry(&e)) {
-		if (!drop_unpinned(counting_frame(b, m, e.page)))
+		ctg_pfn_t dst = ctg_pte_pfn(e.ref.entry);
+
+		if ((m->members & ctg_move_member(e.member)) == 0)
 			continue;
+		/*
+		 * The entry first: whoever pins without a lock after the drop has to look at the
+		 * entry again. It says the source, which nobody can pin while it is frozen.
+		 */
 		ctg_pte_set(&e.ref, ctg_pte(m->src + e.page, entry_flags(e.ref.entry)));
-		entries++;
+		if (drop_unheld(counting_frame(b, m, e.page)))
+			entries++;
+		else
+			ctg_pte_set(&e.ref, ctg_pte(dst, entry_flags(e.ref.entry)));
 	}
 	if (entries == 0)
 		return;
@@ -542,6 +625,35 @@ static void report(struct ctg_moves *b)
 	ctg_count(&b->ctg->counters.frames_migrated, pages);
 }
 
+/*
+ * The charge goes along. A large frame that goes in pieces has given up those that were not mapped
+ * any more. (One that was put back but for pinned pieces stays charged for all of its size, and
+ * they are not.)
+ */
+static void move_charge(struct ctg_moves *b, const struct ctg_move *m)
+{
+	struct ctg_frame *source = ctg_move_source(b, m);
+	uint64_t nr = ctg_move_frames(m);
+	uint16_t group = source->group;
+
+	if (m->state != CTG_MOVE_SWITCHED || group == 0)
+		return;
+	source->group = 0;
+	if (m->whole != CTG_PFN_NONE) {
+		ctg_frame_of(b->ctg, m->whole)->group = group;
+		return;
+	}
+	for (unsigned page = 0; page < ctg_move_pages(m); page++) {
+		ctg_pfn_t pfn = b->dst[m->first + page];
+
+		if (pfn == CTG_PFN_NONE)
+			continue;
+		ctg_frame_of(b->ctg, pfn)->group = group;
+		nr--;
+	}
+	ctg_group_uncharge_index(b->ctg, group, nr);
+}
+
 /* Free what has moved: in runs, except what somebody waits for. */
 static void free_sources(struct ctg_moves *b)
 {
@@ -563,7 +675,7 @@ static void free_sources(struct ctg_moves *b)
 		}
 		if (run.nr == 0)
 			run.pfn = m->src;
-		run.nr += ctg_move_pages(m);
+		run.nr += ctg_move_frames(m);
 	}
 	if (run.nr != 0)
 		ctg_free_run(b->zone, run.pfn, run.nr, false);
@@ -572,6 +684,8 @@ static void free_sources(struct ctg_moves *b)
 static void let_go(struct ctg_moves *b)
 {
 	report(b);
+	for (unsigned i = b->from; i < b->to; i++)
+		move_charge(b, &b->move[i]);
 	free_sources(b);
 	for (unsigned i = b->from; i < b->to; i++) {
 		struct ctg_move *m = &b->move[i];
@@ -611,6 +725,7 @@ static void move_family(struct ctg_moves *b)
 		account(b);
 		return;
 	}
+	notify_start(b);
 	each_move(b, CTG_MOVE_NONE, mark_one);
 	account(b);
 	ctg_moves_get(b);
@@ -625,6 +740,7 @@ static void move_family(struct ctg_moves *b)
 		copied = b->stats->ns_copy - copied;
 		b->stats->ns_install += port->now(port->host) - begun - copied;
 	}
+	notify_end(b);
 	ctg_moves_put_tables(b);
 	wake_writers(b);
 	ctg_unlock(&b->ctg->port, &b->anon->lock);
@@ -643,4 +759,5 @@ void ctg_moves_run(struct ctg_moves *b)
 	}
 	b->nr = 0;
 	b->nr_pages = 0;
+	b->nr_frames = 0;
 }

@@ -29,11 +29,12 @@ struct ctg_move {
 	 */
 	uint64_t members;
 	uint64_t seen;    /* the source's word that freezing met */
-	ctg_pfn_t whole;  /* a large frame's destination, if that is one; else CTG_PFN_NONE */
+	ctg_pfn_t whole;  /* a large or huge frame's destination, if that is one; else none */
 	uint32_t first;   /* its first page in dst[] */
 	uint32_t entries; /* found when it was marked */
 	uint8_t state;
-	bool large;      /* order 9, else order 0 */
+	bool large;      /* order 9 */
+	bool huge;       /* order 18, moves whole or not at all; if neither, order 0 */
 	bool restricted; /* the port holds writers back */
 };
 
@@ -53,10 +54,11 @@ struct ctg_moves {
 	uint64_t frames_moved;
 	struct ctg_migrate_stats *stats;
 	/* The batch. */
-	unsigned max_pages, nr_pages;
+	unsigned max_pages, nr_pages; /* of dst[] */
+	uint64_t nr_frames;
 	unsigned nr;
 	struct ctg_move *move; /* by family, then vpn, once it runs */
-	ctg_pfn_t *dst;        /* by page: of those that are mapped */
+	ctg_pfn_t *dst; /* by page: of those that are mapped; of a huge frame the head only */
 	struct ctg_copy_run *run;
 	struct ctg_vrange *range;
 	/* The family that is being moved: locked, and its part of move[]. */
@@ -94,9 +96,21 @@ void ctg_moves_fail(struct ctg_moves *moves, enum ctg_obstacle_kind kind, ctg_pf
 #define CTG_MOVE_WANTED (CTG_PFN_NONE - 1)
 #define CTG_MOVE_REST 63u
 
+/* Elements of dst[] that a move has. */
 static inline unsigned ctg_move_pages(const struct ctg_move *m)
 {
 	return m->large ? CTG_MOVE_LARGE : 1;
+}
+
+/* Frames that one of them stands for. */
+static inline uint64_t ctg_move_step(const struct ctg_move *m)
+{
+	return m->huge ? (uint64_t)1 << CTG_MAX_ORDER : 1;
+}
+
+static inline uint64_t ctg_move_frames(const struct ctg_move *m)
+{
+	return ctg_move_pages(m) * ctg_move_step(m);
 }
 
 /* The bit of the ith address space of a family. */

@@ -52,7 +52,7 @@ void ctg_moves_fail(struct ctg_moves *b, enum ctg_obstacle_kind kind, ctg_pfn_t 
 void ctg_move_fail(struct ctg_moves *b, struct ctg_move *m, enum ctg_obstacle_kind kind,
 	uint64_t word, int error)
 {
-	ctg_moves_fail(b, kind, m->src, ctg_move_pages(m), word, error);
+	ctg_moves_fail(b, kind, m->src, ctg_move_frames(m), word, error);
 	if (m->state == CTG_MOVE_MARKED)
 		m->state = CTG_MOVE_DOOMED;
 }
@@ -65,32 +65,36 @@ void ctg_move_no_memory(struct ctg_moves *b, struct ctg_move *m)
 int ctg_moves_add(struct ctg_moves *b, ctg_pfn_t pfn, uint32_t info)
 {
 	struct ctg_frame *frame = ctg_zone_frame(b->zone, pfn);
-	bool large = ctg_info_order(info) != 0;
+	uint64_t nr = (uint64_t)1 << ctg_info_order(info);
+	bool large = ctg_info_order(info) == CTG_PAGEBLOCK_ORDER;
+	bool huge = ctg_info_order(info) == CTG_MAX_ORDER;
 	unsigned pages = large ? CTG_MOVE_LARGE : 1;
 	uint64_t word = ctg_load64_relaxed(&frame->word);
 	enum ctg_obstacle_kind kind = ctg_word_obstacle(word, ctg_word_map(word), 0);
 
-	CTG_ASSERT(!large || ctg_info_order(info) == CTG_PAGEBLOCK_ORDER);
+	CTG_ASSERT(large || huge || nr == 1);
 	if (b->nr_pages + pages > b->max_pages)
 		return -CTG_ENOSPC;
 	if (kind == CTG_OBSTACLE_NONE && ctg_frame_tryget(frame) != 0)
 		kind = CTG_OBSTACLE_REF;
 	if (kind != CTG_OBSTACLE_NONE) {
-		ctg_moves_fail(b, kind, pfn, pages, word, -CTG_EBUSY);
+		ctg_moves_fail(b, kind, pfn, nr, word, -CTG_EBUSY);
 		return -CTG_EBUSY;
 	}
 	/* It may have been freed and used again since the caller looked. Now it stays. */
 	if (ctg_load32_acquire(&frame->info) != info) {
 		ctg_frame_put(b->ctg, pfn, CTG_WORD_REF1, 1);
-		ctg_moves_fail(b, CTG_OBSTACLE_REF, pfn, pages, word, -CTG_EBUSY);
+		ctg_moves_fail(b, CTG_OBSTACLE_REF, pfn, nr, word, -CTG_EBUSY);
 		return -CTG_EBUSY;
 	}
 	b->move[b->nr++] = (struct ctg_move){.anon = frame->anon,
 		.vpn = frame->index,
 		.src = pfn,
 		.whole = CTG_PFN_NONE,
-		.large = large};
+		.large = large,
+		.huge = huge};
 	b->nr_pages += pages;
+	b->nr_frames += nr;
 	return 0;
 }
 

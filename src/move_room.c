@@ -29,14 +29,13 @@ static bool family_maps_small(const struct ctg_moves *b)
 
 static bool get_whole(struct ctg_moves *b, struct ctg_move *m, unsigned gfp)
 {
-	unsigned order;
+	unsigned order = m->huge ? CTG_MAX_ORDER : CTG_PAGEBLOCK_ORDER;
 
-	if (ctg_alloc_run(b->ctg, CTG_PAGEBLOCK_ORDER, CTG_PAGEBLOCK_ORDER, gfp, &m->whole,
-		    &order) != 0) {
+	if (ctg_alloc_run(b->ctg, order, order, gfp, &m->whole, &order) != 0) {
 		m->whole = CTG_PFN_NONE;
 		return false;
 	}
-	for (unsigned page = 0; page < CTG_MOVE_LARGE; page++)
+	for (unsigned page = 0; page < ctg_move_pages(m); page++)
 		if (b->dst[m->first + page] == CTG_MOVE_WANTED)
 			b->dst[m->first + page] = m->whole + page;
 	return true;
@@ -168,8 +167,12 @@ void ctg_moves_get(struct ctg_moves *b)
 	for (unsigned i = b->from; i < b->to; i++) {
 		struct ctg_move *m = &b->move[i];
 
-		if (m->state == CTG_MOVE_MARKED && m->large)
+		if (m->state != CTG_MOVE_MARKED)
+			continue;
+		if (m->large)
 			get_large(b, m, gfp, small);
+		else if (m->huge && !get_whole(b, m, gfp))
+			ctg_move_no_memory(b, m);
 	}
 	get_small(b, gfp);
 	for (unsigned i = b->from; i < b->to; i++) {

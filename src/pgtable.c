@@ -16,7 +16,6 @@
 /* Entries hold a table's address beside the flags, so its low eight bits must be clear. */
 #define TABLE_ALIGN 256
 #define ROOT_LEVEL (CTG_TABLE_LEVELS - 1)
-#define LARGE_PAGES ((uint32_t)CTG_PAGEBLOCK_FRAMES)
 /* The highest level that RESERVED may stand at. */
 #define RESERVED_LEVEL 2
 
@@ -185,6 +184,43 @@ void ctg_pte_mark(struct ctg_mm *mm, ctg_vpn_t vpn, bool dirty)
 	} while (!ctg_cas64_acq_rel(word, &entry, entry | marks));
 }
 
+/*
+ * Pages that follow each other are governed by one table, as a rule, which need not be found again.
+ * It may have left the tree, but only with entries that are not PRESENT, and whoever fills it again
+ * raises mm->recycled first: so a PRESENT entry is in force if that is as it was.
+ */
+void ctg_pte_look(const struct ctg_mm *mm, ctg_vpn_t vpn, struct ctg_pte_look *look)
+{
+	if (look->word != NULL && look->level == 0 &&
+		table_base(vpn, 0) == table_base(look->vpn, 0)) {
+		struct ctg_word64 *word = look->word - entry_index(look->vpn, 0);
+
+		word += entry_index(vpn, 0);
+		look->vpn = vpn;
+		look->word = word;
+		look->entry = ctg_load64_acquire(word);
+		if ((look->entry & CTG_PTE_PRESENT) != 0 &&
+			ctg_load64_acquire(&mm->recycled) == look->recycled)
+			return;
+	}
+	look->vpn = vpn;
+	look->recycled = ctg_load64_acquire(&mm->recycled);
+	look->word = find_entry(mm, vpn, &look->entry, &look->level);
+}
+
+bool ctg_pte_look_again(const struct ctg_mm *mm, const struct ctg_pte_look *look, uint64_t marks)
+{
+	uint64_t entry = ctg_load64_acquire(look->word);
+
+	do {
+		if (((entry ^ look->entry) & ~(CTG_PTE_YOUNG | CTG_PTE_DIRTY)) != 0)
+			return false;
+		if ((entry & marks) == marks)
+			break;
+	} while (!ctg_cas64_acq_rel(look->word, &entry, entry | marks));
+	return ctg_load64_acquire(&mm->recycled) == look->recycled;
+}
+
 void ctg_pte_lock(struct ctg_mm *mm, ctg_vpn_t vpn, struct ctg_pte_ref *ref)
 {
 	const struct ctg_port *port = &mm->ctg->port;
@@ -315,7 +351,7 @@ void ctg_pte_set_table(struct ctg_mm *mm, struct ctg_pte_ref *ref, struct ctg_ta
 }
 
 /*
- * Count 511 more mappings of a large frame whose one entry the caller has locked. -EAGAIN: a
+ * Count 511 more mappings of a large frame, one entry of which the caller has locked. -EAGAIN: a
  * migration has frozen the frame and is about to switch the entry; *seen is the word to wait on.
  */
 static int count_pieces(struct ctg_frame *frame, uint64_t *seen)
@@ -327,9 +363,10 @@ static int count_pieces(struct ctg_frame *frame, uint64_t *seen)
 			*seen = word;
 			return -CTG_EAGAIN;
 		}
-		if (ctg_word_map(word) + (LARGE_PAGES - 1) > CTG_WORD_MAP_MAX)
+		if (ctg_word_map(word) + (CTG_TABLE_ENTRIES - 1) > CTG_WORD_MAP_MAX)
 			return -CTG_EOVERFLOW;
-	} while (!ctg_cas64_acq_rel(&frame->word, &word, word + (LARGE_PAGES - 1) * CTG_WORD_MAP1));
+	} while (!ctg_cas64_acq_rel(
+		&frame->word, &word, word + (CTG_TABLE_ENTRIES - 1) * CTG_WORD_MAP1));
 	return 0;
 }
 
@@ -338,9 +375,9 @@ static void fill_pieces(struct ctg_table *table, uint64_t entry)
 {
 	uint64_t step = 0;
 
-	/* Only frames of order 9 are mapped by one entry, so pieces are of one page. */
+	/* All in the one frame, whatever its order. */
 	if ((entry & CTG_PTE_PRESENT) != 0)
-		step = ctg_pte(1, 0);
+		step = ctg_pte(ctg_level_pages(table->level), 0);
 	for (unsigned i = 0; i < CTG_TABLE_ENTRIES; i++)
 		ctg_store64_release(&table->entry[i], entry == 0 ? 0 : entry + i * step);
 }
@@ -349,8 +386,8 @@ static void fill_pieces(struct ctg_table *table, uint64_t entry)
 static int split_once(struct ctg_mm *mm, ctg_vpn_t vpn, unsigned level, struct ctg_table *table)
 {
 	struct ctg_pte_ref ref;
-	ctg_pfn_t pfn;
-	uint64_t seen;
+	ctg_pfn_t pfn = CTG_PFN_NONE;
+	uint64_t seen = 0;
 	int ret = 0;
 
 	ctg_pte_lock(mm, vpn, &ref);
@@ -359,11 +396,10 @@ static int split_once(struct ctg_mm *mm, ctg_vpn_t vpn, unsigned level, struct c
 		ctg_table_free(mm, table);
 		return 0;
 	}
-	/* Only PRESENT entries, which are of level 1, are split without mm->lock. */
+	/* Only PRESENT entries of level 1 are split without mm->lock. */
 	CTG_ASSERT(ref.level == table->level + 1);
-	pfn = ctg_pte_pfn(ref.entry);
 	if ((ref.entry & CTG_PTE_PRESENT) != 0) {
-		CTG_ASSERT(ref.level == 1);
+		pfn = ctg_frame_head(mm->ctg, ctg_pte_pfn(ref.entry));
 		ret = count_pieces(ctg_frame_of(mm->ctg, pfn), &seen);
 	}
 	if (ret == 0) {

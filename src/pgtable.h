@@ -8,11 +8,13 @@
  *   EMPTY     0                                   nothing may be here
  *   TABLE     TABLE | pointer                     levels above 0
  *   RESERVED  RESERVED | rights                   no frame yet; at level 1 or 2 for a whole slot
- *   PRESENT   PRESENT | rights | state | pfn      level 0: one page; level 1: a frame of order 9
+ *   PRESENT   PRESENT | rights | state | pfn      level 0: one page; level 1: a frame of order 9, or
+ *                                                 512 of the pages of one of order 18; level 2: a
+ *                                                 frame of order 18
  *
  * An entry changes only under its table's lock, except that YOUNG and DIRTY are set by an atomic
- * without it. It is read without a lock. MOVING is set by migration on a PRESENT entry: reads go on, writes
- * fault and wait on mm->moved.
+ * without it. It is read without a lock. MOVING is set by migration on a PRESENT entry: reads go on,
+ * writes fault and wait on mm->moved. COW: reads go on, writes fault and get a frame of their own.
  *
  * Tables are never freed before their mm, so a reader without a lock never touches freed memory.
  * But munmap may take an empty table out of the tree and use it elsewhere, so whoever locks a table
@@ -25,12 +27,19 @@
 
 #define CTG_PTE_PRESENT ((uint64_t)1 << 0)
 #define CTG_PTE_READ ((uint64_t)1 << 1)
-#define CTG_PTE_WRITE ((uint64_t)1 << 2) /* the right to write; in force unless MOVING */
+#define CTG_PTE_WRITE ((uint64_t)1 << 2) /* the right to write; in force unless MOVING or COW */
 #define CTG_PTE_TABLE ((uint64_t)1 << 3)
 #define CTG_PTE_RESERVED ((uint64_t)1 << 4)
 #define CTG_PTE_YOUNG ((uint64_t)1 << 5)
 #define CTG_PTE_DIRTY ((uint64_t)1 << 6)
 #define CTG_PTE_MOVING ((uint64_t)1 << 7)
+/*
+ * The frame may be shared copy-on-write with other spaces of the family. An anonymous entry WITHOUT it
+ * is exclusive to its mm: no other entry of another mm says the same frame.
+ */
+#define CTG_PTE_COW ((uint64_t)1 << 8)
+/* The frame belongs to a shared object: written by all, never copied. */
+#define CTG_PTE_SHARED ((uint64_t)1 << 9)
 #define CTG_PTE_RIGHTS (CTG_PTE_READ | CTG_PTE_WRITE)
 #define CTG_PTE_PFN_SHIFT 12
 
@@ -91,7 +100,7 @@ struct ctg_batch {
 		ctg_vpn_t vpn;
 		ctg_pfn_t pfn;
 		uint64_t nr;    /* pages */
-		bool large;     /* one entry (and one count) for all of them */
+		bool large;     /* one entry (and one count) for all of them, else one a page */
 	} run[CTG_BATCH_RUNS];
 	struct ctg_batch *next, **link; /* ctg->batches, under ctg->batches_lock */
 };
@@ -116,10 +125,17 @@ struct ctg_mm {
 	struct ctg_word64 recycled; /* raised when a spare table is about to be filled again */
 	struct ctg_word64 nr_tables; /* in the tree */
 	struct ctg_word64 nr_present; /* pages */
+	/*
+	 * notifier.c: NULL until the first insertion. Written under mm->lock and anon->lock, so read
+	 * under either.
+	 */
+	struct ctg_notifiers *notifiers;
 	struct ctg_word32 moved;    /* raised whenever a migration ends in this mm; waited on */
 	struct ctg_pte_ref slot;    /* anon->lock: the table that a migration has locked here */
 	struct ctg_table *pieces;   /* anon->lock: tables for large entries that it takes to pieces */
 	struct ctg_batch batch;
+	struct ctg_word16 pin_account; /* pin.c: 0 until its first pin */
+	uint64_t nr_pin_handles;       /* ctg->pins.lock */
 };
 
 /* pgtable.c */
@@ -168,7 +184,7 @@ void ctg_pte_set_table(struct ctg_mm *mm, struct ctg_pte_ref *ref, struct ctg_ta
 /*
  * Make sure that the entry governing vpn is at `level` or below and that its neighbours outside are
  * unaffected: splits EMPTY, RESERVED and PRESENT large entries above it. Splitting a PRESENT entry
- * of order 9 adds 511 mappings to its frame; pieces of a MOVING one are MOVING. mm->lock held.
+ * adds 511 mappings to its frame; pieces of a MOVING one are MOVING. mm->lock held.
  * 0, -ENOMEM, -EOVERFLOW.
  */
 int ctg_pte_split_to(struct ctg_mm *mm, ctg_vpn_t vpn, unsigned level);
@@ -180,10 +196,31 @@ void ctg_pte_prune(struct ctg_mm *mm, ctg_vpn_t vpn, ctg_vpn_t end);
 int ctg_pt_init(struct ctg_mm *mm);
 void ctg_pt_destroy(struct ctg_mm *mm);
 
+/*
+ * A look at one entry after another without a lock, each twice: see gup.c. Zero-initialise.
+ */
+struct ctg_pte_look {
+	struct ctg_word64 *word; /* where the entry was found */
+	uint64_t entry;
+	uint64_t recycled; /* mm->recycled before that */
+	ctg_vpn_t vpn;
+	unsigned level;
+};
+/* Read the entry that governs vpn: look->entry, at look->level. */
+void ctg_pte_look(const struct ctg_mm *mm, ctg_vpn_t vpn, struct ctg_pte_look *look);
+/*
+ * Is a PRESENT entry still, or again, what it was, YOUNG and DIRTY apart? If so they are set as
+ * `marks` says, by the same atomic that compares.
+ */
+bool ctg_pte_look_again(const struct ctg_mm *mm, const struct ctg_pte_look *look, uint64_t marks);
+
 /* Find the entry and set YOUNG (and DIRTY) if it is PRESENT. Takes no lock. */
 void ctg_pte_mark(struct ctg_mm *mm, ctg_vpn_t vpn, bool dirty);
 
 /* mm.c */
+/* ctg_mm_create, into the family of a relative if that is not NULL. */
+int ctg_mm_make(struct ctg *ctg, const struct ctg_mm_config *config, struct ctg_mm *relative,
+	struct ctg_mm **out);
 /* Not empty, in bounds, aligned to what the mm maps. */
 bool ctg_mm_range_valid(const struct ctg_mm *mm, ctg_vpn_t vpn, uint64_t nr);
 /* Change the rights of what is mapped, PRESENT or RESERVED: the table only. mm->lock held; no entry
@@ -193,6 +230,12 @@ void ctg_mm_set_rights(struct ctg_mm *mm, ctg_vpn_t vpn, ctg_vpn_t end, uint64_t
 /* unmap.c */
 void ctg_batch_init(struct ctg_mm *mm);   /* and into ctg->batches */
 void ctg_batch_destroy(struct ctg_mm *mm); /* flushed; out of ctg->batches */
+/*
+ * Add the mapping of one entry that is about to be cleared or to say another frame, in its table's
+ * lock and batch->lock. false: the batch is full.
+ */
+bool ctg_batch_add(
+	struct ctg_batch *batch, ctg_vpn_t vpn, ctg_pfn_t pfn, uint64_t nr, bool large);
 void ctg_batch_flush(struct ctg_batch *batch, bool helping);
 /*
  * Clear the entries of [vpn, vpn + nr) (leaving RESERVED with the same rights if `reserve`), give
@@ -201,7 +244,68 @@ void ctg_batch_flush(struct ctg_batch *batch, bool helping);
  */
 void ctg_unmap_range(struct ctg_mm *mm, ctg_vpn_t vpn, uint64_t nr, bool reserve);
 
+/* anon.c */
+/*
+ * Frames for the mm, as ctg_alloc_run with what its config adds, charged to its group: fewer where
+ * the group's limit or memory forbid the most. Each block has one plain reference, on its head; a
+ * ctg_frame_put of it uncharges too. -ENOSPC: the group. No table is locked.
+ */
+int ctg_anon_alloc(struct ctg_mm *mm, unsigned max_order, unsigned min_order, unsigned gfp,
+	ctg_pfn_t *pfn, unsigned *order);
+/* ctg_split_used for such frames. */
+void ctg_anon_split(struct ctg *ctg, ctg_pfn_t pfn, unsigned order);
+/* Say whose a new frame is: of which family, mapped where. */
+void ctg_anon_own(struct ctg *ctg, struct ctg_anon *anon, ctg_pfn_t pfn, ctg_vpn_t vpn);
+/* Turn the allocation's reference into the mapping that the locked entry is about to be. */
+void ctg_anon_map(struct ctg *ctg, ctg_pfn_t pfn);
+
+/* cow.c */
+/*
+ * Make the page at vpn, which is PRESENT and COW, exclusive to the mm: by a copy, or without one if
+ * nobody else has it; its rights do not matter. The entry is not COW afterwards, and the port knows.
+ * Does nothing for others. gfp: beside what the mm's config says. mm->lock held (that is how a fork keeps its snapshot); copies under it.
+ * 0; -EAGAIN: it is MOVING, wait as for a fault; -ENOMEM; -ENOSPC: the group; -EOVERFLOW; what the
+ * port's copy or install returned: as before.
+ */
+int ctg_cow_break(struct ctg_mm *mm, ctg_vpn_t vpn, unsigned gfp);
+
+/* fault.c */
+/*
+ * As ctg_handle_fault for a read, not counted as a fault. longterm: what is allocated is not
+ * lendable, whatever the mm's own gfp says.
+ */
+int ctg_fault_in(struct ctg_mm *mm, ctg_vpn_t vpn, bool longterm);
+
+/* cow.c */
+/*
+ * Make the page at vpn exclusive to the mm if its entry is COW, whatever its rights: reuse or copy,
+ * as a write fault does. longterm as above. Waits while a migration moves it. No lock is held.
+ * 0: look again; -ENOMEM, -ENOSPC (the group), -EINTR, or what the port's copy returned.
+ */
+int ctg_cow_unshare(struct ctg_mm *mm, ctg_vpn_t vpn, bool longterm);
+
+/* notifier.c */
+/*
+ * Begin an invalidation: tell everybody who mirrors a page of the ranges. Then the entries may be
+ * changed, and what follows from it done (flush, install); then ctg_notify_end. mm->lock or the
+ * family's lock is held, one of them all the time in between; no table is locked. Costs one load
+ * if nobody has ever asked. Never fails if blockable; else -EAGAIN, and there is nothing to end.
+ */
+int ctg_notify_start(struct ctg_mm *mm, const struct ctg_vrange *ranges, size_t nr,
+	enum ctg_notify_event event, bool blockable);
+/* More ranges of an invalidation that has been started and may block. */
+void ctg_notify_more(struct ctg_mm *mm, const struct ctg_vrange *ranges, size_t nr,
+	enum ctg_notify_event event);
+void ctg_notify_end(struct ctg_mm *mm);
+/* The mm is going, and nobody can find it any more. */
+void ctg_notifiers_leave(struct ctg_mm *mm);
+
 /* rmap.c */
+/*
+ * Set DIRTY in the entries that say the frames [pfn, pfn + nr), all of one frame that the caller
+ * holds a count on. Takes anon->lock.
+ */
+void ctg_anon_mark_dirty(struct ctg *ctg, ctg_pfn_t pfn, uint64_t nr);
 int ctg_anon_join(struct ctg_mm *mm, struct ctg_mm *relative); /* relative NULL: a new family */
 void ctg_anon_leave(struct ctg_mm *mm);
 void ctg_anons_destroy(struct ctg *ctg);
@@ -210,7 +314,7 @@ void ctg_anons_destroy(struct ctg *ctg);
  * longer mapped. Unlock with ctg_unlock.
  */
 struct ctg_anon *ctg_anon_lock(struct ctg *ctg, ctg_pfn_t pfn);
-/* The head, whose word has the counts, of a frame that the caller knows to stay mapped. */
+/* The head, whose word has the counts, of a frame that the caller knows to stay mapped or held. */
 ctg_pfn_t ctg_frame_head(struct ctg *ctg, ctg_pfn_t pfn);
 
 #endif

@@ -110,17 +110,54 @@ struct ctg_anon *ctg_anon_lock(struct ctg *ctg, ctg_pfn_t pfn)
 }
 
 /*
- * Only frames of order 0 and 9 are mapped. A mapped frame that is inside a larger one has no head's
- * info of its own, and a head is never inside another: the frame's own info decides.
+ * Only frames of order 0, 9 and 18 are mapped. A mapped frame that is inside a larger one has no
+ * head's info of its own, and a head is never inside another: the first info that says ANON
+ * decides.
  */
 ctg_pfn_t ctg_frame_head(struct ctg *ctg, ctg_pfn_t pfn)
 {
-	uint32_t info = ctg_load32_acquire(&ctg_frame_of(ctg, pfn)->info);
 	ctg_pfn_t head = pfn;
 
-	if (ctg_info_state(info) != CTG_FRAME_ANON)
-		head &= ~(CTG_PAGEBLOCK_FRAMES - 1);
-	CTG_ASSERT(ctg_info_state(ctg_load32_acquire(&ctg_frame_of(ctg, head)->info)) ==
-		   CTG_FRAME_ANON);
-	return head;
+	for (unsigned order = 0; order <= CTG_MAX_ORDER; order += CTG_PAGEBLOCK_ORDER) {
+		head &= ~(((uint64_t)1 << order) - 1);
+		if (ctg_info_state(ctg_load32_acquire(&ctg_frame_of(ctg, head)->info)) ==
+			CTG_FRAME_ANON)
+			return head;
+	}
+	CTG_ASSERT(false);
+	return pfn;
+}
+
+/* Entries may change meanwhile: what is marked for nothing claims too much, and loses nothing. */
+static void mark_dirty_in(struct ctg_mm *mm, ctg_vpn_t vpn, ctg_pfn_t pfn, uint64_t nr)
+{
+	ctg_vpn_t end = vpn + nr;
+
+	while (vpn < end) {
+		unsigned level;
+		uint64_t entry = ctg_pte_read(mm, vpn, &level);
+		uint64_t at = vpn & (ctg_level_pages(level) - 1);
+		uint64_t left = ctg_level_pages(level) - at;
+
+		if ((entry & CTG_PTE_PRESENT) != 0 && ctg_pte_pfn(entry) + at == pfn)
+			ctg_pte_mark(mm, vpn, true);
+		if (left > end - vpn)
+			left = end - vpn;
+		vpn += left;
+		pfn += left;
+	}
+}
+
+void ctg_anon_mark_dirty(struct ctg *ctg, ctg_pfn_t pfn, uint64_t nr)
+{
+	ctg_pfn_t head = ctg_frame_head(ctg, pfn);
+	ctg_vpn_t vpn = ctg_frame_of(ctg, head)->index + (pfn - head);
+	struct ctg_anon *anon = ctg_anon_lock(ctg, head);
+
+	/* Not mapped any more: nobody is left who would ask. */
+	if (anon == NULL)
+		return;
+	for (struct ctg_mm *mm = anon->mms; mm != NULL; mm = mm->family_next)
+		mark_dirty_in(mm, vpn, pfn, nr);
+	ctg_unlock(&ctg->port, &anon->lock);
 }

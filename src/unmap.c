@@ -68,7 +68,7 @@ static void put_run(struct ctg *ctg, const struct ctg_batch_run *run)
 	uint64_t done = 0;
 
 	if (run->large) {
-		ctg_frame_put(ctg, run->pfn, CTG_WORD_MAP1, 1);
+		ctg_frame_put(ctg, ctg_frame_head(ctg, run->pfn), CTG_WORD_MAP1, 1);
 		return;
 	}
 	while (done < run->nr) {
@@ -103,16 +103,29 @@ static void flush_locked(struct ctg_batch *batch)
 	batch->nr_pages = 0;
 }
 
+static uint64_t frame_size(struct ctg *ctg, ctg_pfn_t head)
+{
+	return (uint64_t)1 << ctg_info_order(ctg_load32_acquire(&ctg_frame_of(ctg, head)->info));
+}
+
 static bool batch_holds(const struct ctg_batch *batch, ctg_pfn_t pfn, uint64_t nr)
 {
+	struct ctg *ctg = batch->mm->ctg;
+
 	for (unsigned i = 0; i < batch->nr_runs; i++) {
 		const struct ctg_batch_run *run = &batch->run[i];
-		/* A piece of a large frame counts on the head, which may be the one that is asked
-		 * for. */
-		ctg_pfn_t first = run->pfn & ~(CTG_PAGEBLOCK_FRAMES - 1);
-		ctg_pfn_t last = (run->pfn + run->nr - 1) | (CTG_PAGEBLOCK_FRAMES - 1);
+		/*
+		 * A piece of a large frame counts on the head, which may be the one that is asked
+		 * for. It is still counted, so the heads are there.
+		 */
+		ctg_pfn_t first = run->pfn, last = run->pfn + run->nr - 1;
 
-		if (nr == 0 || (first < pfn + nr && last >= pfn))
+		if (nr == 0)
+			return true;
+		first = ctg_frame_head(ctg, first);
+		last = ctg_frame_head(ctg, last);
+		last += frame_size(ctg, last) - 1;
+		if (first < pfn + nr && last >= pfn)
 			return true;
 	}
 	return false;
@@ -145,27 +158,25 @@ void ctg_batches_flush(struct ctg *ctg, ctg_pfn_t pfn, uint64_t nr)
 	ctg_unlock(&ctg->port, &ctg->batches_lock);
 }
 
-/* Add a mapping whose entry is about to be cleared. false: the batch is full. */
-static bool batch_add(struct ctg_batch *batch, const struct ctg_pte_walk *walk)
+bool ctg_batch_add(struct ctg_batch *batch, ctg_vpn_t vpn, ctg_pfn_t pfn, uint64_t nr, bool large)
 {
-	ctg_pfn_t pfn = ctg_pte_pfn(walk->ref.entry);
-	bool large = walk->ref.level != 0;
 	struct ctg_batch_run *last = NULL;
 
-	if (batch->nr_pages + walk->nr > CTG_BATCH_PAGES)
+	/* One entry always fits, however large. */
+	if (batch->nr_pages != 0 && batch->nr_pages + nr > CTG_BATCH_PAGES)
 		return false;
 	if (batch->nr_runs != 0)
 		last = &batch->run[batch->nr_runs - 1];
-	if (last != NULL && !large && !last->large && last->vpn + last->nr == walk->vpn &&
+	if (last != NULL && !large && !last->large && last->vpn + last->nr == vpn &&
 		last->pfn + last->nr == pfn) {
 		last->nr++;
 	} else {
 		if (batch->nr_runs == CTG_BATCH_RUNS)
 			return false;
-		batch->run[batch->nr_runs++] = (struct ctg_batch_run){
-			.vpn = walk->vpn, .pfn = pfn, .nr = walk->nr, .large = large};
+		batch->run[batch->nr_runs++] =
+			(struct ctg_batch_run){.vpn = vpn, .pfn = pfn, .nr = nr, .large = large};
 	}
-	batch->nr_pages += walk->nr;
+	batch->nr_pages += nr;
 	return true;
 }
 
@@ -183,7 +194,8 @@ static ctg_vpn_t unmap_some(struct ctg_mm *mm, ctg_vpn_t vpn, ctg_vpn_t end, boo
 		/* The edges have been split. */
 		CTG_ASSERT(walk.nr == ctg_level_pages(walk.ref.level));
 		if ((entry & CTG_PTE_PRESENT) != 0) {
-			if (!batch_add(&mm->batch, &walk)) {
+			if (!ctg_batch_add(&mm->batch, walk.vpn, ctg_pte_pfn(entry), walk.nr,
+				    walk.ref.level != 0)) {
 				ctg_pte_walk_stop(&walk);
 				return walk.vpn;
 			}

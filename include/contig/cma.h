@@ -13,6 +13,8 @@ extern "C" {
 
 #define CTG_CMA_MAX_RANGES 64
 #define CTG_CMA_NAME_MAX 32
+/* Of a pin's owner in reports, with the zero at the end. */
+#define CTG_PIN_OWNER_MAX 32
 
 struct ctg_cma_config {
 	const char *name;                /* copied; at most CTG_CMA_NAME_MAX - 1 bytes; not empty */
@@ -59,6 +61,10 @@ struct ctg_alloc_report {
 	enum ctg_obstacle_kind obstacle; /* the last one met */
 	ctg_pfn_t obstacle_pfn;     /* CTG_PFN_NONE when there was none */
 	uint64_t obstacle_word;     /* the frame's word at that moment */
+	/* Of a pin, if the call failed with -EBUSY and a handle (pin.h) is why: whose and since when.
+	 * Empty and 0 otherwise. */
+	char obstacle_owner[CTG_PIN_OWNER_MAX];
+	uint64_t obstacle_since;
 };
 
 /* One request. Zero-initialise; zero fields are the defaults. */

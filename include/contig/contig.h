@@ -6,8 +6,11 @@
 #include <contig/types.h>
 #include <contig/port.h>
 #include <contig/machine.h>
+#include <contig/group.h>
 #include <contig/mm.h>
+#include <contig/notifier.h>
 #include <contig/cma.h>
+#include <contig/pin.h>
 #include <contig/stat.h>
 
 #endif

@@ -31,6 +31,9 @@ struct ctg_mm_config {
 	 * every address and length must then be a multiple of it.
 	 */
 	unsigned map_order;
+	/* Largest order to map: 0 for CTG_PAGEBLOCK_ORDER, or CTG_MAX_ORDER (frames of 1 GiB). */
+	unsigned max_order;
+	struct ctg_group *group; /* charged for its frames (group.h); NULL: nobody is */
 };
 
 /* What is at an address now; see ctg_mm_lookup. */
@@ -46,9 +49,23 @@ struct ctg_mapping {
 /*
  * Make an empty address space, with its own anonymous memory (not shared with any other).
  * Ownership: the caller's, until ctg_mm_destroy. Context: may sleep.
- * Returns 0, -EINVAL (map_order, gfp), -ENOMEM.
+ * Returns 0, -EINVAL (map_order, max_order, gfp, a group of another machine), -ENOMEM.
  */
 int ctg_mm_create(struct ctg *ctg, const struct ctg_mm_config *config, struct ctg_mm **out);
+
+/*
+ * Fork: a new space of the parent's family with the same mappings. Anonymous frames are shared
+ * copy-on-write; a frame that is pinned is copied now, after no CPU can write it any more, and the
+ * parent keeps the original. New frames are charged to the child's group.
+ * @config: of the child: owner, group; gfp, map_order and max_order are the parent's.
+ * The port is told nothing about the child: its accesses fault. But a migration may have it restrict
+ * and install pages of the child before this returns.
+ * Context: may sleep; takes the parent's lock.
+ * Returns 0; -EINVAL (NULL, a group of another machine); -ENOMEM; -ENOSPC: the child's group is at its limit; -EOVERFLOW: a frame is mapped too
+ * often; what the port's copy returned. On failure there is no child and the parent is as before.
+ */
+int ctg_mm_fork(
+	struct ctg_mm *parent, const struct ctg_mm_config *config, struct ctg_mm **child);
 
 /*
  * Unmap everything, flush what is batched, free the address space. The port is told nothing about
@@ -92,17 +109,19 @@ int ctg_mprotect(struct ctg_mm *mm, ctg_vpn_t vpn, uint64_t nr, unsigned prot);
  * and install the mapping. Partial success is kept; a run that the port could not install is
  * RESERVED again, but for pages that have been written to.
  * @nr_present: if not NULL, pages of the range that have a frame at the end.
- * Context: may sleep. Returns 0 when all of the range has frames; -ENOMEM; -EFAULT: part is not
- * mapped; -EINVAL.
+ * Context: may sleep. Returns 0 when all of the range has frames; -ENOMEM; -ENOSPC: the group is at
+ * its limit; -EFAULT: part is not mapped; -EINVAL.
  */
 int ctg_mm_populate(struct ctg_mm *mm, ctg_vpn_t vpn, uint64_t nr, uint64_t *nr_present);
 
 /*
  * The fault handler: make an access to vpn possible (allocate a zeroed frame, the largest that
- * suits; wait for a migration to end if it is a write). The port calls it when an access finds no
+ * suits; wait for a migration to end if it is a write; end copy-on-write if it is a write, by a copy
+ * unless nobody else has the frame). The port calls it when an access finds no
  * valid mapping, then looks the entry up again.
  * Context: may sleep; no lock held. killable waits.
- * Returns 0; -EFAULT: nothing mapped or the rights forbid it; -ENOMEM; -EINTR.
+ * Returns 0; -EFAULT: nothing mapped or the rights forbid it; -ENOMEM; -ENOSPC: the group is at its
+ * limit; -EOVERFLOW: the frame is mapped or held too often; -EINTR.
  */
 int ctg_handle_fault(struct ctg_mm *mm, ctg_vpn_t vpn, bool write);
 

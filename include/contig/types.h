@@ -54,7 +54,10 @@ enum ctg_migratetype {
 	CTG_NR_MIGRATETYPES
 };
 
-/* 32- and 64-bit words that other CPUs change too. Touch them with the core's functions only. */
+/* 16-, 32- and 64-bit words that other CPUs change too. Touch them with the core's functions only. */
+struct ctg_word16 {
+	uint16_t v;
+};
 struct ctg_word32 {
 	uint32_t v;
 };
@@ -66,6 +69,7 @@ struct ctg;
 struct ctg_zone;
 struct ctg_mm;
 struct ctg_cma;
+struct ctg_group;
 
 /* A run of consecutive frames. */
 struct ctg_extent {
