@@ -20,18 +20,30 @@ struct fill {
 
 /* ---- taking a run back ----------------------------------------------------------------------- */
 
-/* Which pages of a run somebody has written to, from vpn on: as long as they agree. */
-static uint64_t written_run(struct ctg_mm *mm, ctg_vpn_t vpn, ctg_vpn_t end, bool *written)
+/* Has somebody written to it, or does somebody hold its frame, who will look at what is written? */
+static bool in_use(struct ctg *ctg, uint64_t entry)
+{
+	uint64_t word;
+
+	if ((entry & CTG_PTE_DIRTY) != 0)
+		return true;
+	word = ctg_load64_acquire(
+		&ctg_frame_of(ctg, ctg_frame_head(ctg, ctg_pte_pfn(entry)))->word);
+	return ctg_word_pin(word) != 0 || ctg_word_ref(word) != 0;
+}
+
+/* Which pages of a run are in use, from vpn on: as long as they agree. */
+static uint64_t used_run(struct ctg_mm *mm, ctg_vpn_t vpn, ctg_vpn_t end, bool *used)
 {
 	ctg_vpn_t at = vpn;
 	unsigned level;
 
 	while (at < end) {
-		bool dirty = (ctg_pte_read(mm, at, &level) & CTG_PTE_DIRTY) != 0;
+		bool now = in_use(mm->ctg, ctg_pte_read(mm, at, &level));
 
 		if (at == vpn)
-			*written = dirty;
-		else if (dirty != *written)
+			*used = now;
+		else if (now != *used)
 			break;
 		at = (at | (ctg_level_pages(level) - 1)) + 1;
 	}
@@ -40,8 +52,9 @@ static uint64_t written_run(struct ctg_mm *mm, ctg_vpn_t vpn, ctg_vpn_t end, boo
 
 /*
  * The port could not install the run: it becomes RESERVED again. A port that fills its mapping on
- * demand may have let a write through since the entries were stored. That page stays: so first no
- * access is allowed any more, then is DIRTY looked at. Faults meanwhile wait for mm->lock.
+ * demand may have let a write through since the entries were stored, and somebody may have pinned a
+ * frame. That page stays: so first no access is allowed any more, then DIRTY and the frame's word
+ * are looked at. Faults meanwhile wait for mm->lock.
  */
 static void fill_undo(const struct fill *fill)
 {
@@ -54,10 +67,10 @@ static void fill_undo(const struct fill *fill)
 	ctg_mm_set_rights(mm, vpn, end, 0);
 	port->tlb_restrict(port->host, mm, &range, 1, CTG_TLB_INVALIDATE);
 	while (vpn < end) {
-		bool written = false;
-		uint64_t nr = written_run(mm, vpn, end, &written);
+		bool used = false;
+		uint64_t nr = used_run(mm, vpn, end, &used);
 
-		if (!written)
+		if (!used)
 			ctg_unmap_range(mm, vpn, nr, true);
 		vpn += nr;
 	}

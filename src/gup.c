@@ -269,6 +269,20 @@ static enum verdict hold_locked(
 	return verdict;
 }
 
+/* While a populate is undone nothing is allowed for a moment: mm->lock tells that from a refusal.
+ */
+static int deny(struct ctg_hold *h, ctg_vpn_t vpn)
+{
+	const struct ctg_port *port = &h->mm->ctg->port;
+	unsigned level;
+	enum verdict verdict;
+
+	ctg_lock(port, &h->mm->lock);
+	verdict = judge_entry(h, ctg_pte_read(h->mm, vpn, &level));
+	ctg_unlock(port, &h->mm->lock);
+	return verdict == DENIED ? -CTG_EFAULT : 0;
+}
+
 /* See to it that the page can be held. 0: look again. */
 static int make_ready(struct ctg_hold *h, ctg_vpn_t vpn, uint64_t nr, enum verdict verdict,
 	const struct page *page, uint32_t moved, struct ctg_patience *patience)
@@ -281,7 +295,7 @@ static int make_ready(struct ctg_hold *h, ctg_vpn_t vpn, uint64_t nr, enum verdi
 
 	switch (verdict) {
 	case DENIED:
-		return -CTG_EFAULT;
+		return deny(h, vpn);
 	case FULL:
 		return -CTG_EOVERFLOW;
 	case ABSENT:

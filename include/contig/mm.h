@@ -107,7 +107,7 @@ int ctg_mprotect(struct ctg_mm *mm, ctg_vpn_t vpn, uint64_t nr, unsigned prot);
 /*
  * Back every RESERVED page of [vpn, vpn + nr) with zeroed frames, the largest that are free first,
  * and install the mapping. Partial success is kept; a run that the port could not install is
- * RESERVED again, but for pages that have been written to.
+ * RESERVED again, but for pages that have been written to or are held.
  * @nr_present: if not NULL, pages of the range that have a frame at the end.
  * Context: may sleep. Returns 0 when all of the range has frames; -ENOMEM; -ENOSPC: the group is at
  * its limit; -EFAULT: part is not mapped; -EINVAL.

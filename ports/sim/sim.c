@@ -103,12 +103,30 @@ static void *sim_meta_alloc(void *host, size_t bytes, size_t align)
 	return p;
 }
 
+/*
+ * What is freed may have been an address space whose process was gone, so that no invalidation was
+ * asked for. Another may come to be at its address, and must not meet its TLB entries.
+ */
+static void tlb_forget(struct ctg_sim *sim, const void *p, size_t bytes)
+{
+	pthread_rwlock_wrlock(&sim->tlb_lock);
+	for (unsigned cpu = 0; cpu < sim->config.nr_cpus; cpu++)
+		for (unsigned i = 0; i < TLB_ENTRIES; i++) {
+			struct tlb_entry *entry = &sim->tlb[cpu][i];
+
+			if ((uintptr_t)entry->mm - (uintptr_t)p < bytes)
+				entry->mm = NULL;
+		}
+	pthread_rwlock_unlock(&sim->tlb_lock);
+}
+
 static void sim_meta_free(void *host, void *p, size_t bytes)
 {
 	struct ctg_sim *sim = host;
 
 	if (p == NULL)
 		return;
+	tlb_forget(sim, p, bytes);
 	pthread_mutex_lock(&sim->lock);
 	sim->meta_bytes -= bytes;
 	pthread_mutex_unlock(&sim->lock);

@@ -2,6 +2,9 @@
 /* Frames for what is mapped: populate, faults, and installations that fail. */
 #include "space.h"
 
+#include <pthread.h>
+#include <time.h>
+
 /* ---- populate -------------------------------------------------------------------------------- */
 
 static void test_populate_prefers_large_frames(void **state)
@@ -427,7 +430,20 @@ static struct {
 	bool closed;
 	struct ctg_vrange range; /* the one that failed */
 	unsigned installs;
+	/* Held by somebody before the failure, and by another while it is undone. */
+	ctg_vpn_t held, late;
+	ctg_pfn_t held_pfn, late_pfn;
+	int64_t late_ret;
+	bool get;
+	pthread_t late_thread;
 } installing;
+
+static void *hold_late(void *mm)
+{
+	installing.late_ret =
+		ctg_pin_user_pages_fast(mm, installing.late, 1, 0, &installing.late_pfn);
+	return NULL;
+}
 
 /*
  * Populate installs run by run: consecutive frames with the same rights. One installation fails,
@@ -454,6 +470,11 @@ static int install_fails_late(
 		put_byte(installing.w, mm, installing.written, 0x42);
 		ctg_sim_set_cpu(0);
 	}
+	if (installing.held - ranges[0].vpn < ranges[0].nr)
+		assert_int_equal(
+			(installing.get ? ctg_get_user_pages_fast : ctg_pin_user_pages_fast)(
+				mm, installing.held, 1, 0, &installing.held_pfn),
+			1);
 	return -CTG_ENOMEM;
 }
 
@@ -474,6 +495,12 @@ static int restrict_closes_first(void *host, struct ctg_mm *mm, const struct ctg
 
 			assert_true(m.pfn != CTG_PFN_NONE);
 			assert_int_equal(m.prot, CTG_PROT_NONE);
+		}
+		if (installing.late != 0) {
+			assert_int_equal(
+				pthread_create(&installing.late_thread, NULL, hold_late, mm), 0);
+			/* It does not get anywhere now; if it is not there yet, no harm. */
+			nanosleep(&(struct timespec){.tv_nsec = 3000000}, NULL);
 		}
 	}
 	return installing.w->port.tlb_restrict(host, mm, ranges, nr, how);
@@ -628,6 +655,43 @@ static void test_failed_install_takes_the_run_back(void **state)
 	world_close(&w);
 }
 
+/* A page that somebody holds stays; who asks for one meanwhile waits, and gets the next frame. */
+static void test_failed_install_leaves_what_is_held(void **state)
+{
+	struct ctg_mm *mm;
+	struct world w;
+	uint64_t present;
+
+	(void)state;
+	world_open(&w, 8);
+	for (unsigned get = 0; get < 2; get++) {
+		install_begin(&w);
+		mm = space_new(&w, 0);
+		assert_int_equal(ctg_mmap(mm, BASE, 64, RW), 0);
+		installing.fail_in = 1;
+		installing.get = get;
+		installing.held = BASE + 33;
+		installing.late = BASE + 40;
+		assert_int_equal(ctg_mm_populate(mm, BASE, 64, &present), -CTG_ENOMEM);
+		pthread_join(installing.late_thread, NULL);
+		assert_int_equal(present, 1);
+		assert_int_equal(lookup(mm, BASE + 33, 1).pfn, installing.held_pfn);
+		assert_int_equal(installing.late_ret, 1);
+		assert_int_equal(lookup(mm, BASE + 40, 1).pfn, installing.late_pfn);
+		/* What the process writes from now on is what the holder sees. */
+		put_byte(&w, mm, BASE + 33, 0x42);
+		assert_int_equal(*(unsigned char *)ctg_sim_frame(w.sim, installing.held_pfn), 0x42);
+		assert_int_equal((get ? ctg_put_user_pages : ctg_unpin_user_pages)(
+					 w.ctg, &installing.held_pfn, 1),
+			0);
+		assert_int_equal(ctg_unpin_user_pages(w.ctg, &installing.late_pfn, 1), 0);
+		ctg_mm_destroy(mm, false);
+		w.ctg->port = w.port;
+		world_check_clean(&w);
+	}
+	world_close(&w);
+}
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
@@ -644,6 +708,7 @@ int main(void)
 		cmocka_unit_test(test_populate_installs_runs),
 		cmocka_unit_test(test_populate_in_parts),
 		cmocka_unit_test(test_failed_install_takes_the_run_back),
+		cmocka_unit_test(test_failed_install_leaves_what_is_held),
 	};
 
 	return cmocka_run_group_tests(tests, NULL, NULL);
