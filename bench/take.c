@@ -96,6 +96,10 @@ int main(int argc, char **argv)
 	if (ctg_region_open(&config, &region, &error) != 0)
 		errx(77, "%s", error.text);
 	ctg_region_info(region, &info);
+	ctg_cma_stat(ctg_region_area(region), &stat);
+	if (stat.longest_unallocated << CTG_PAGE_SHIFT < TAKE_BYTES)
+		errx(77, "%s: the longest run has %llu MiB: physical memory is in pieces", config.backing,
+			(unsigned long long)(stat.longest_unallocated >> (20 - CTG_PAGE_SHIFT)));
 	if (ctg_region_map(region, AREA_BYTES, &heap) != 0)
 		errx(1, "mapping the heap failed");
 	heap_fill(heap, AREA_BYTES);

@@ -21,6 +21,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
@@ -64,31 +65,55 @@ static uint64_t pool_surplus_left(void)
 	return limit - used;
 }
 
+/* The limit is read and written in two steps, by every region of the machine: one at a time. A lock
+ * that cannot be had (it is no more than good manners between us) changes nothing. */
+static int pool_lock(void)
+{
+	int fd = open(POOL "nr_overcommit_hugepages", O_RDONLY | O_CLOEXEC);
+
+	if (fd >= 0)
+		(void)flock(fd, LOCK_EX);
+	return fd;
+}
+
+static void pool_unlock(int lock)
+{
+	if (lock >= 0)
+		close(lock);
+}
+
 /*
  * Let `pages` more surplus pages be made, on top of what others may have been promised: what a
  * region has raised stays so until it is closed. Returns by how much the limit was raised.
  */
 static uint64_t pool_raise(uint64_t pages)
 {
+	int lock = pool_lock();
 	uint64_t used = posix_read_number(POOL "surplus_hugepages");
-	uint64_t limit = posix_read_number(POOL "nr_overcommit_hugepages"), want;
+	uint64_t limit = posix_read_number(POOL "nr_overcommit_hugepages");
+	uint64_t want = (limit > used ? limit : used) + pages;
 
-	if (limit == UINT64_MAX || used == UINT64_MAX)
-		return 0;
-	want = (limit > used ? limit : used) + pages;
-	if (posix_write_number(POOL "nr_overcommit_hugepages", want) != 0)
-		return 0;
+	if (limit == UINT64_MAX || used == UINT64_MAX ||
+		posix_write_number(POOL "nr_overcommit_hugepages", want) != 0)
+		want = limit;
+	pool_unlock(lock);
 	return want - limit;
 }
 
 /* Others may have raised or lowered it since, so take back only what was added. */
 static void pool_lower(uint64_t raised)
 {
-	uint64_t limit = posix_read_number(POOL "nr_overcommit_hugepages");
+	uint64_t limit;
+	int lock;
 
-	if (raised == 0 || limit == UINT64_MAX)
+	if (raised == 0)
 		return;
-	posix_write_number(POOL "nr_overcommit_hugepages", limit > raised ? limit - raised : 0);
+	lock = pool_lock();
+	limit = posix_read_number(POOL "nr_overcommit_hugepages");
+	if (limit != UINT64_MAX)
+		posix_write_number(
+			POOL "nr_overcommit_hugepages", limit > raised ? limit - raised : 0);
+	pool_unlock(lock);
 }
 
 void posix_hugetlb_lower(struct posix_store *store)

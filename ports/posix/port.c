@@ -104,12 +104,16 @@ static void ops_flush(struct op_list *list)
 	struct posix_space *space = list->space;
 	int done = 0;
 
-	if (list->nr == 0 || list->error != 0)
+	if (list->nr == 0 || list->error != 0) {
+		list->nr = 0; /* what is gathered after a failure is not wanted */
 		return;
+	}
 	if (!list->must && list->done == 0) {
 		done = space->ops(space, list->op, list->nr, &list->error);
-		if (done == 0 && list->error != 0)
+		if (done == 0 && list->error != 0) {
+			list->nr = 0;
 			return;
+		}
 		if (done < 0) {
 			space->dead = true;
 			done = (int)list->nr;

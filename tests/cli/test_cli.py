@@ -82,11 +82,15 @@ def region(name, *options, program=("cat",), size="64M", **popen):
         yield process
     finally:
         process.stdin.close()
+        leases = contig("leases", "--json", name)
+        if leases.returncode == 0 and json.loads(leases.stdout)["leases"]:
+            process.terminate()  # it would wait for their release
         try:
-            process.wait(5)
+            process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
-            process.terminate()
-            process.wait(20)
+            process.kill()
+            process.wait()
+            raise
         process.stdout.close()
         process.stderr.close()
 
@@ -567,7 +571,8 @@ def killing_the_taker_leaves_nothing_behind():
         wait_ready(process)
         for delay in (0, 0.002, 0.005, 0.01, 0.02, 0.05):
             with subprocess.Popen([CONTIG, "alloc", "--from", "taker", "--hold", "48M"],
-                                  stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as tool:
+                                  stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+                                  stderr=subprocess.DEVNULL) as tool:
                 time.sleep(delay)
                 tool.kill()
             until(lambda: taken("taker") == 0)

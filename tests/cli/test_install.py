@@ -3,6 +3,7 @@
 """Contig as it is installed and built upon: test_install.py BUILD_DIR SOURCE_ROOT. Prints TAP."""
 
 import glob
+import json
 import os
 import shutil
 import subprocess
@@ -125,6 +126,30 @@ def man_pages_are_well_formed():
 def the_run_script_says_what_it_can():
     assert "demo" in run(f"{ROOT}/run", "help")
     assert "is not a command" in run(f"{ROOT}/run", "nonsense", status=1)
+
+
+@case
+def test_cases_are_counted():
+    def count(*records):
+        with open(f"{WORK}/log.json", "w", encoding="utf-8") as log:
+            for result, status, text in records:
+                log.write(json.dumps({"name": "x", "result": result, "returncode": status,
+                                      "stdout": text}) + "\n")
+        done = subprocess.run([sys.executable, f"{ROOT}/tests/count.py", log.name],
+                              stdout=subprocess.PIPE, text=True, check=False)
+        return done.returncode, done.stdout.splitlines()[-1]
+
+    two = "1..2\nok 1 - a\nok 2 - b\n"
+    assert count(("OK", 0, two), ("OK", 0, "no tap")) == (0, "3 passed, 0 failed")
+    assert count(("OK", 0, "1..2\nok 1 - a\nnot ok 2 # SKIP b\n")) == (
+        0, "1 passed, 0 failed, 1 skipped")
+    assert count(("FAIL", 1, "1..2\nok 1 - a\nnot ok 2 - b\n")) == (1, "1 passed, 1 failed")
+    assert count(("FAIL", -11, "1..3\nok 1 - a\n")) == (1, "1 passed, 1 failed")
+    assert count(("TIMEOUT", -15, two)) == (1, "2 passed, 1 failed")
+    assert count(("FAIL", 1, "")) == (1, "0 passed, 1 failed")
+    # A child repeats its parent's buffer; a second group begins with its plan.
+    assert count(("OK", 0, "1..1\nok 1 - a\nok 1 - a\n" + two)) == (0, "3 passed, 0 failed")
+    assert count() == (1, "0 passed, 1 failed")
 
 
 def main():

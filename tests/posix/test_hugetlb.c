@@ -38,11 +38,31 @@ static struct pool look(void)
 		posix_read_number(POOL "nr_overcommit_hugepages")};
 }
 
-static void assert_same(const struct pool *a, const struct pool *b)
+static bool same(const struct pool *a, const struct pool *b)
 {
-	assert_int_equal(a->nr - a->surplus, b->nr - b->surplus);
-	assert_int_equal(a->limit, b->limit);
-	assert_int_equal(a->reserved, b->reserved);
+	return a->nr - a->surplus == b->nr - b->surplus && a->limit == b->limit &&
+	       a->reserved == b->reserved;
+}
+
+/*
+ * The pool is the whole machine's. What we leave behind stays; what others do passes, or goes on:
+ * then nothing can be said. false: that is so.
+ */
+static bool restored(const struct pool *before)
+{
+	struct pool after = look(), later;
+
+	for (int i = 0; i < 20 && !same(before, &after); i++) {
+		usleep(50000);
+		later = look();
+		if (!same(&after, &later)) {
+			print_message("skipped: others use the pool\n");
+			return false;
+		}
+		after = later;
+	}
+	assert_true(same(before, &after));
+	return true;
 }
 
 /* NULL: not here, and why. */
@@ -171,7 +191,7 @@ static void test_buffers_are_physical(void **state)
 static void test_spill_in_huge_pages(void **state)
 {
 	struct ctg_region_config config = config_of(16 * MIB, 16 * MIB);
-	struct pool before = look(), after;
+	struct pool before = look();
 	struct ctg_region *region = open_or_skip(&config);
 	struct ctg_region_info info;
 	struct ctg_buffer buffer;
@@ -196,8 +216,8 @@ static void test_spill_in_huge_pages(void **state)
 	ctg_region_info(region, &info);
 	assert_int_equal(info.spill_used_bytes, 0);
 	ctg_region_close(region);
-	after = look();
-	assert_same(&before, &after);
+	if (!restored(&before))
+		skip();
 }
 
 /* The promise is broken: the pages are not there when they are wanted. */
@@ -235,7 +255,7 @@ static void test_spill_without_pages(void **state)
 static void test_pool_is_restored(void **state)
 {
 	struct ctg_region_config config = config_of(8 * MIB, 8 * MIB);
-	struct pool before = look(), after;
+	struct pool before = look();
 
 	(void)state;
 	for (int order = 0; order < 2; order++) {
@@ -249,8 +269,8 @@ static void test_pool_is_restored(void **state)
 		assert_non_null(second);
 		ctg_region_close(order == 0 ? first : second);
 		ctg_region_close(order == 0 ? second : first);
-		after = look();
-		assert_same(&before, &after);
+		if (!restored(&before))
+			skip();
 	}
 }
 
@@ -258,7 +278,7 @@ static void test_more_than_there_is(void **state)
 {
 	uint64_t bytes = posix_meminfo("MemTotal") / (2 * MIB) * (2 * MIB);
 	struct ctg_region_config config = config_of(bytes, 0);
-	struct pool before = look(), after;
+	struct pool before = look();
 	struct ctg_error error = {0};
 	struct ctg_region *region;
 
@@ -266,8 +286,8 @@ static void test_more_than_there_is(void **state)
 	assert_int_equal(ctg_region_open(&config, &region, &error), -CTG_ENOMEM);
 	assert_non_null(strstr(error.text, "pages of 2 MiB"));
 	assert_non_null(strstr(error.text, "memfd"));
-	after = look();
-	assert_same(&before, &after);
+	if (!restored(&before))
+		skip();
 }
 
 /* Without rights, and with an empty pool, it says what is missing and who can do something about
@@ -339,11 +359,9 @@ static void test_killed(void **state)
 	close(go[1]);
 	after = look();
 	/* The limit is a permission, not memory; we who survive put it back. */
-	if (after.limit != before.limit)
+	if (after.limit == before.limit + 16)
 		posix_write_number(POOL "nr_overcommit_hugepages", before.limit);
-	after = look();
-	assert_same(&before, &after);
-	if (byte == 0)
+	if (!restored(&before) || byte == 0)
 		skip();
 }
 

@@ -513,6 +513,7 @@ static void test_begin_waits(void **state)
 static struct {
 	int (*ops)(struct posix_space *space, const struct posix_op *ops, size_t nr, int *err);
 	unsigned calls, fail_at; /* operations; 0: none */
+	unsigned fail_for;       /* so many in a row */
 	int error;
 	bool gone;
 } faulty;
@@ -522,7 +523,8 @@ static int faulty_ops(struct posix_space *space, const struct posix_op *ops, siz
 	if (faulty.gone)
 		return -CTG_ENOENT;
 	for (size_t i = 0; i < nr; i++) {
-		if (++faulty.calls == faulty.fail_at) {
+		faulty.calls++;
+		if (faulty.fail_at != 0 && faulty.calls - faulty.fail_at < faulty.fail_for) {
 			*err = faulty.error;
 			return (int)i;
 		}
@@ -538,6 +540,7 @@ static void make_faulty(struct fixture *f, unsigned fail_at)
 		faulty.ops = f->space->ops;
 	faulty.calls = 0;
 	faulty.fail_at = fail_at;
+	faulty.fail_for = 1;
 	faulty.error = -CTG_ENOMEM;
 	faulty.gone = false;
 	f->space->ops = faulty_ops;
@@ -628,6 +631,53 @@ static void test_convert_with_failures(void **state)
 		assert_int_equal(lent(&f), there ? 0 : HEAP);
 		there = !there;
 	}
+	teardown(&f);
+}
+
+/*
+ * A call with more operations than go into one message may fail at the first only: what has been
+ * mapped may have been written to. Later ones are tried again until they succeed.
+ */
+static void test_install_fails_at_first_only(void **state)
+{
+	struct fixture f;
+	ctg_vpn_t vpn;
+	void *p;
+
+	(void)state;
+	if (!setup(&f, NULL, true)) {
+		skip();
+		return;
+	}
+	/* Even pages first, then odd ones: no two neighbours have consecutive frames. */
+	assert_int_equal(ctg_region_map(f.region, 2 * MIB, &p), 0);
+	vpn = (uint64_t)(uintptr_t)p >> CTG_PAGE_SHIFT;
+	assert_int_equal(ctg_madvise_dontneed(f.space->mm, vpn, 512), 0);
+	for (unsigned odd = 0; odd < 2; odd++)
+		for (unsigned i = odd; i < 512; i += 2)
+			assert_int_equal(ctg_mm_populate(f.space->mm, vpn + i, 1, NULL), 0);
+	for (uint64_t i = 0; i < 2 * MIB; i++)
+		((unsigned char *)p)[i] = (unsigned char)(i >> 12);
+	make_faulty(&f, 0);
+	assert_int_equal(ctg_mprotect(f.space->mm, vpn, 512, CTG_PROT_READ), 0);
+	assert_true(faulty.calls >= 2 * POSIX_MAX_OPS);
+	make_faulty(&f, POSIX_MAX_OPS + 1);
+	assert_int_equal(ctg_mprotect(f.space->mm, vpn, 512, CTG_PROT_READ | CTG_PROT_WRITE), 0);
+	assert_true(faulty.calls >= faulty.fail_at);
+	for (uint64_t i = 0; i < 2 * MIB; i++) {
+		assert_int_equal(((unsigned char *)p)[i], (unsigned char)(i >> 12));
+		((unsigned char *)p)[i] = 1;
+	}
+	/* At the first it may, and then everything is as it was. */
+	make_faulty(&f, 0);
+	assert_int_equal(ctg_mprotect(f.space->mm, vpn, 512, CTG_PROT_READ), 0);
+	make_faulty(&f, 1);
+	faulty.fail_for = 3; /* putting back may not */
+	assert_int_equal(
+		ctg_mprotect(f.space->mm, vpn, 512, CTG_PROT_READ | CTG_PROT_WRITE), -CTG_ENOMEM);
+	make_faulty(&f, 0);
+	for (uint64_t i = 0; i < 2 * MIB; i++)
+		assert_int_equal(((unsigned char *)p)[i], 1);
 	teardown(&f);
 }
 
@@ -749,6 +799,7 @@ int main(void)
 		cmocka_unit_test(test_take_with_failures_uffd),
 		cmocka_unit_test(test_take_with_failures_stop),
 		cmocka_unit_test(test_convert_with_failures),
+		cmocka_unit_test(test_install_fails_at_first_only),
 		cmocka_unit_test(test_death),
 		cmocka_unit_test(test_ping),
 		cmocka_unit_test(test_stall_is_measured),

@@ -16,6 +16,7 @@
 #include <poll.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/pidfd.h>
 #include <sys/prctl.h>
 #include <sys/signalfd.h>
 #include <sys/socket.h>
@@ -39,6 +40,15 @@ static void passed_set(sigset_t *set)
 	sigemptyset(set);
 	for (size_t i = 0; i < sizeof(passed_on) / sizeof(passed_on[0]); i++)
 		sigaddset(set, passed_on[i]);
+}
+
+static void ending_set(sigset_t *set)
+{
+	sigemptyset(set);
+	sigaddset(set, SIGHUP);
+	sigaddset(set, SIGINT);
+	sigaddset(set, SIGTERM);
+	sigaddset(set, SIGQUIT);
 }
 
 static void block_signals(sigset_t *before)
@@ -168,9 +178,13 @@ int cli_child_start(
 	close(pipe[1]);
 	child->gate = gate[0];
 	child->news = pipe[0];
+	child->told_to_end = false;
 	if (error == 0 && read_news(child, &news) != 0)
 		error = -EAGAIN; /* the keeper could not fork */
 	child->pid = error ? -1 : news.pid;
+	child->pidfd = error ? -1 : pidfd_open(news.pid, 0);
+	if (error == 0 && child->pidfd < 0)
+		error = -errno;
 	if (error)
 		cli_child_end(child);
 	return error;
@@ -180,12 +194,14 @@ void cli_child_end(struct cli_child *child)
 {
 	if (child->gate >= 0)
 		close(child->gate);
+	if (child->pidfd >= 0)
+		close(child->pidfd);
 	close(child->news);
 	if (child->keeper > 0) {
 		kill(child->keeper, SIGKILL);
 		waitpid(child->keeper, NULL, 0);
 	}
-	child->gate = child->news = child->keeper = -1;
+	child->gate = child->pidfd = child->news = child->keeper = -1;
 }
 
 int cli_child_go(struct cli_child *child, const char *message)
@@ -209,11 +225,19 @@ int cli_child_go(struct cli_child *child, const char *message)
 }
 
 /* What the terminal sends goes to the whole group: the program has it already. */
-static void pass_on(const struct cli_child *child, const struct signalfd_siginfo *info)
+static void pass_on(struct cli_child *child, const struct signalfd_siginfo *info)
 {
+	int number = (int)info->ssi_signo;
+	sigset_t ending;
+
 	if (info->ssi_code == SI_KERNEL && getpgid(child->pid) == getpgrp())
 		return;
-	kill(child->pid, (int)info->ssi_signo);
+	/* It may be ending by itself just now: then this is the only trace of the wish. */
+	ending_set(&ending);
+	if (sigismember(&ending, number))
+		child->told_to_end = true;
+	/* By pidfd: the keeper may have waited for it already, and its number be another's. */
+	pidfd_send_signal(child->pidfd, number, NULL, 0);
 }
 
 int cli_child_wait(struct cli_child *child, int extra_fd, void (*hangup)(void))
@@ -304,15 +328,6 @@ int cli_program_check(const char *program)
 		return 0;
 	return cli_fail(status_of_exec(error), "cannot execute '%s': %s", program,
 		error == ENOENT ? "there is no such program" : strerror(error));
-}
-
-static void ending_set(sigset_t *set)
-{
-	sigemptyset(set);
-	sigaddset(set, SIGHUP);
-	sigaddset(set, SIGINT);
-	sigaddset(set, SIGTERM);
-	sigaddset(set, SIGQUIT);
 }
 
 bool cli_ending_signal(void)

@@ -98,11 +98,13 @@ void cli_progress_end(struct cli_progress *progress);
 
 /* child.c: run a program and pass on the signals that are meant for it */
 struct cli_child {
-	pid_t pid;    /* the program */
+	pid_t pid; /* the program */
+	int pidfd;
 	pid_t keeper; /* its parent, to whom its orphans fall */
 	int gate; /* until cli_child_go: the program waits here; then the result of exec comes */
 	int news; /* what the keeper tells */
-	sigset_t before; /* the signal mask to give back to the program */
+	bool told_to_end; /* a signal that ends things has been passed on */
+	sigset_t before;  /* the signal mask to give back to the program */
 };
 /* Called in the child before exec; 0, or an exit status after it has said why. */
 typedef int (*cli_prepare)(void *arg, const char *message);

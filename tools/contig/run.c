@@ -218,8 +218,11 @@ static void say_what_is_left(struct ctg_server *server, const char *name)
  */
 static void outlive(struct cli_child *child, struct ctg_server *server, const char *name)
 {
-	bool gone = cli_child_gone(child, SLICE_MS);
+	bool gone;
 
+	if (child->told_to_end)
+		return; /* and so was everything */
+	gone = cli_child_gone(child, SLICE_MS);
 	if (gone && ctg_server_wait_idle(server, now() + SLICE_NS) == 0)
 		return;
 	if (cli_ending_signal())
